@@ -1,0 +1,163 @@
+"""Data sets that give whole batches: from memory, from files decoded one by one, or of features.
+
+torch's loader calls `__getitems__` with the draws of a batch, where it exists, and collates what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from .augment import DRAWS
+from .pictures import Pictures
+from .sampling import IGNORED, Draw, counter_uniform, hash_seed
+
+Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
+Batch: TypeAlias = dict[str, Any]
+
+
+def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:
+    """Transforms of torchvision from a PIL picture to uint8 `(3, size, size)`.
+
+    | strength | training |
+    |---|---|
+    | none | as in evaluation: shorter side to size x 8/7, centre crop |
+    | light | evaluation's crop, mirrored with probability 1/2 |
+    | standard | random resized crop, mirrored |
+    | strong | standard, TrivialAugment (Müller & Hutter 2021), a rectangle erased in a quarter of them |
+    """
+    resize = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
+    steps: list[Any] = list(resize)
+    if train and strength in ("standard", "strong"):
+        steps = [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)]
+    if train and strength != "none" and flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if train and strength == "strong":
+        steps.append(v2.TrivialAugmentWide())
+    steps.append(v2.PILToTensor())
+    if train and strength == "strong":
+        steps.append(v2.RandomErasing(0.25))
+    return v2.Compose(steps)
+
+
+class InMemory(Dataset[Batch]):
+    """Decoded pictures, fetched as a batch by one index operation.
+
+    Args:
+        pixels: uint8, `(n, height, width, 3)`.
+        labels: Classes, `(n,)`.
+        train: Whether batches bring random numbers, which asks for augmentation.
+        seed: The run's seed.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, *, train: bool, seed: int) -> None:
+        self.pixels, self.labels, self.train, self.seed = pixels, labels, train, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
+        index = torch.tensor([draw.index for draw in draws])
+        labels = self.labels[index]
+        if not self.train:
+            labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
+        batch = {"image": self.pixels.index_select(0, index).permute(0, 3, 1, 2), "label": labels, "index": index}
+        if self.train:
+            epoch = draws[0].epoch
+            batch["seed"] = hash_seed(self.seed, epoch, draws[0].index)
+            batch["uniform"] = counter_uniform(self.seed, epoch, index.numpy(), DRAWS)
+        return batch
+
+
+class Decoding(Dataset[Batch]):
+    """Pictures decoded and augmented one by one, in a worker process.
+
+    Args:
+        pictures: What to read.
+        transform: From a PIL picture to uint8 `(3, size, size)`; may draw from torch's global generator.
+        train: Whether batches bring a seed for mixing.
+        seed: The run's seed.
+        skip_unreadable: Leave an unreadable picture out of its batch and say so, instead of raising.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        transform: Callable[[Any], Tensor],
+        *,
+        train: bool,
+        seed: int,
+        skip_unreadable: bool,
+    ) -> None:
+        self.pictures, self.transform, self.train = pictures, transform, train
+        self.seed, self.skip_unreadable = seed, skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.pictures.labels)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A whole batch."""
+        samples, skipped = [], []
+        for draw in draws:
+            try:
+                samples.append(self.sample(draw))
+            except ValueError as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+        if not samples:
+            raise ValueError(f"no picture of a batch of {len(draws)} can be read; the first: {skipped[0]}")
+        images, labels, index = zip(*samples, strict=True)
+        batch: Batch = {
+            "image": torch.stack(images).contiguous(memory_format=torch.channels_last),
+            "label": torch.tensor(labels),
+            "index": torch.tensor(index),
+        }
+        if self.train:
+            batch["seed"] = hash_seed(self.seed, draws[0].epoch, draws[0].index)
+        if skipped:
+            batch["skipped"] = skipped
+        return batch
+
+    def sample(self, draw: Draw) -> tuple[Tensor, int, int]:
+        """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
+        picture = self.pictures.read(draw.index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash_seed(self.seed, draw.epoch, draw.index))
+            image = self.transform(picture)
+        label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.index])
+        return image, label, draw.index
+
+
+class Precomputed(Dataset[Batch]):
+    """Features in place of pictures; epoch e of the training is on view e modulo the number of views.
+
+    Args:
+        values: `(views, samples, width)`.
+        labels: Classes, `(samples,)`.
+    """
+
+    def __init__(self, values: Tensor, labels: Tensor) -> None:
+        self.values, self.labels = values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A whole batch."""
+        index = torch.tensor([draw.index for draw in draws])
+        labels = self.labels[index]
+        labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
+        view = draws[0].epoch % len(self.values)
+        return {"features": self.values[view].index_select(0, index), "label": labels, "index": index}
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Collate nothing: the data sets here return whole batches."""
+    return batch

@@ -1,0 +1,60 @@
+"""CIFAR-10: 60,000 small photographs of ten kinds of things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import datasets
+
+from .images import ImageDataModule
+from .pictures import PictureArray, Pictures
+
+
+class CIFAR10(ImageDataModule):
+    """CIFAR-10.
+
+    Contents: 60,000 RGB photographs of 32 x 32 pixels, 6,000 of each of ten classes.
+    Folder: `<root>/cifar-10-batches-py/` with `data_batch_1` to `data_batch_5`, `test_batch`, `batches.meta`.
+    Splits: the official 10,000 test images; `val_share` of the 50,000 training images for validation.
+    Licence: none stated; for research. Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
+
+    Args:
+        root: Folder that holds `cifar-10-batches-py`; it is downloaded there (170 MB, checksummed) if absent.
+        **kwargs: Those of `ImageDataModule`.
+    """
+
+    def __init__(self, root: str | Path = "data/cifar10", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+
+    @property
+    def expected_samples(self) -> int:
+        """Training images that will be there, before any file is."""
+        if self.limit_per_class:
+            return 10 * self.limit_per_class
+        return round(50_000 * (1 - self.val_share))
+
+    @property
+    def class_names(self) -> list[str]:
+        """The ten classes."""
+        return ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+    def prepare_data(self) -> None:
+        """Download the archive unless its files are there and intact."""
+        try:
+            datasets.CIFAR10(str(self.root), train=True, download=True)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"CIFAR-10 is not in {self.root} and cannot be downloaded ({error}). Put cifar-10-python.tar.gz "
+                "from https://www.cs.toronto.edu/~kriz/cifar.html there, or set data.root to where it is."
+            ) from error
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """Read the pickled batches; torchvision checks their checksums first."""
+        splits: dict[str, Pictures] = {}
+        for name in ("train", "test"):
+            images = datasets.CIFAR10(str(self.root), train=name == "train")
+            splits[name] = PictureArray(torch.from_numpy(images.data), torch.tensor(images.targets), f"cifar10/{name}")
+        return splits

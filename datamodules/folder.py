@@ -1,0 +1,116 @@
+"""Any folder of pictures sorted into one folder per class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .images import ImageDataModule
+from .pictures import PictureFiles, Pictures, Subset, existing_folder
+from .splits import stratified_split
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+class ImageFolder(ImageDataModule):
+    """Pictures in folders named by class; the ImageNet tree is one of these.
+
+    Folder, either with splits or without:
+
+        root/train/ants/a.jpg      root/ants/a.jpg
+        root/val/bees/b.jpg        root/bees/b.jpg
+        root/test/bees/c.jpg
+
+    Splits: what chooses the checkpoint must not be what is reported. So with `train` and one of `val` and
+    `test`, that one is the test and `val_share` of `train` is held out for validation; without any split,
+    `test_share` and `val_share` are cut from every class. A log line says what was done.
+    Licence and source: your own.
+
+    Args:
+        root: The folder.
+        test_share: Part of the pictures kept for the test where there are no split folders.
+        predict_root: Folder, searched through and through, or one picture for `predict`; the test split if not given.
+        **kwargs: Those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        test_share: float = 0.2,
+        predict_root: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root, self.test_share, self.predict_root = Path(root), test_share, predict_root
+
+    @cached_property
+    def split_folders(self) -> dict[str, Path]:
+        """Folder of each split that exists; only `train`, the root itself, where there are no split folders."""
+        root = existing_folder(self.root, "one folder of pictures per class, or train/, val/ and test/ of such")
+        found = {split: root / name for split, names in SPLITS.items() for name in names if (root / name).is_dir()}
+        if "train" not in found:
+            return {"train": root}
+        if "val" in found and "test" not in found:
+            log.info("%s has no test/: val/ is kept for the test, validation is cut from train/", root)
+            found["test"] = found.pop("val")
+        return found
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """Names of the class folders, sorted."""
+        folder = self.split_folders["train"]
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        if len(names) < 2:
+            raise ValueError(f"{folder} must hold a folder for each of two or more classes; found {names or 'none'}")
+        return names
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """List the files; none is opened."""
+        splits: dict[str, Pictures] = {name: self._list(folder) for name, folder in self.split_folders.items()}
+        if "test" not in splits:
+            whole = splits["train"]
+            kept, held_out = stratified_split(whole.labels, self.test_share, seed=0)
+            splits["train"], splits["test"] = Subset(whole, kept), Subset(whole, held_out)
+        if self.predict_root is not None:
+            root = Path(self.predict_root)
+            if not root.exists():
+                raise FileNotFoundError(f"no folder or picture {root}: set data.predict_root to what to predict")
+            paths = [str(root)] if root.is_file() else sorted(_walk(str(root)))
+            if not paths:
+                raise FileNotFoundError(f"no picture in {root}: expected files ending in {', '.join(sorted(SUFFIXES))}")
+            splits["predict"] = PictureFiles(paths, [0] * len(paths))
+        return splits
+
+    def _list(self, folder: Path) -> PictureFiles:
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        paths: list[str] = []
+        classes: list[int] = []
+        strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(labels)
+        if strangers:
+            raise ValueError(f"{folder} has classes that the training folder has not: {', '.join(sorted(strangers))}")
+        for name, label in labels.items():
+            if (folder / name).is_dir():
+                found = sorted(_walk(str(folder / name)))
+                paths += found
+                classes += [label] * len(found)
+        empty = sorted(set(range(len(labels))) - set(classes)) if folder == self.split_folders["train"] else []
+        if empty:
+            raise ValueError(
+                f"no picture of class {self.class_names[empty[0]]!r} in {folder / self.class_names[empty[0]]}"
+            )
+        return PictureFiles(paths, classes)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _walk(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.name[0] != ".":
+            yield entry.path

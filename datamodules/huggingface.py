@@ -1,0 +1,143 @@
+"""Any Hugging Face data set of pictures: from the hub, from Parquet files, or from a folder in its layout."""
+
+from __future__ import annotations
+
+import io
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .images import ImageDataModule
+from .pictures import Pictures, decode
+
+
+class HuggingFaceImages(ImageDataModule):
+    """Pictures that the `datasets` library reads.
+
+    Contents, licence, source: the data set's. Folder: the library's cache, or the files given.
+    Splits: `train_split`, and `val_split` and `test_split` where they are named; else `val_share` of the
+    training split is held out, and testing falls back on it with a warning.
+
+    Args:
+        path: Name on the hub such as `uoft-cs/cifar10`, a local folder, or a format such as `parquet` or
+            `imagefolder` together with `data_files`.
+        name: Configuration of the data set, where it has several.
+        data_files: Split name to file, or to a list or pattern of files.
+        revision: Commit or tag on the hub; pin it to get the same data again.
+        image_column: Column of pictures.
+        label_column: Column of class labels: a ClassLabel, whole numbers, or names.
+        train_split: Name of the split to train on.
+        val_split: Name of the validation split, if there is one.
+        test_split: Name of the test split, if there is one.
+        **kwargs: Those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        data_files: dict[str, str | list[str]] | None = None,
+        revision: str | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = "test",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.source: dict[str, Any] = {"path": path, "name": name, "data_files": data_files, "revision": revision}
+        self.image_column, self.label_column = image_column, label_column
+        self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """The splits as `datasets.Dataset`, pictures still encoded; downloads them if they are not there."""
+        import datasets  # two seconds to import: only where it is used
+
+        try:
+            found = datasets.load_dataset(**self.source)
+        except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+            where = self.source["data_files"] or self.source["path"]
+            raise FileNotFoundError(
+                f"no data set {where}: expected a name on the hub that can be reached, a folder, or a format "
+                f"(parquet, imagefolder) with data_files ({str(error).splitlines()[0]})"
+            ) from error
+        tables = {}
+        for split, name in self.split_names.items():
+            if name is None:
+                continue
+            if name not in found:
+                raise ValueError(f"no split {name!r} in {self.source['path']}: it has {', '.join(found)}")
+            for column in (self.image_column, self.label_column):
+                if column not in found[name].column_names:
+                    has = ", ".join(found[name].column_names)
+                    raise ValueError(f"no column {column!r} in split {name!r} of {self.source['path']}: it has {has}")
+            tables[split] = found[name].cast_column(self.image_column, datasets.Image(decode=False))
+        return tables
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """The ClassLabel's names; else the sorted values of the training split."""
+        feature = self.tables["train"].features[self.label_column]
+        if hasattr(feature, "names"):
+            return list(feature.names)
+        return [str(value) for value in sorted(self.tables["train"].unique(self.label_column))]
+
+    def prepare_data(self) -> None:
+        """Download and convert once, on one process of a machine."""
+        self.tables  # noqa: B018  a cached property: reading it is the work
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """Read the labels; pictures stay encoded in the memory-mapped table."""
+        return {split: self._pictures(split, table) for split, table in self.tables.items()}
+
+    def _pictures(self, split: str, table: Any) -> Pictures:
+        values = table.data[self.label_column].to_pylist()  # thousands of times faster than row by row
+        if not hasattr(table.features[self.label_column], "names"):
+            number = {name: label for label, name in enumerate(self.class_names)}
+            unseen = [row for row, value in enumerate(values) if str(value) not in number]
+            if unseen:
+                raise ValueError(
+                    f"label {values[unseen[0]]!r} in row {unseen[0]} of split {split!r} is not in the training split"
+                )
+            values = [number[str(value)] for value in values]
+        return TablePictures(table, self.image_column, torch.tensor(values), f"{self.source['path']}/{split}")
+
+
+class TablePictures:
+    """Encoded pictures in a column of a `datasets.Dataset`.
+
+    Args:
+        table: The data set, its picture column cast to `Image(decode=False)`.
+        column: The picture column.
+        labels: Classes, `(n,)`.
+        source: Begins the name of a picture that has none.
+    """
+
+    def __init__(self, table: Any, column: str, labels: torch.Tensor, source: str) -> None:
+        self.table, self.column, self.labels, self.source = table, column, labels, source
+
+    def cell(self, index: int) -> dict[str, Any] | None:
+        """Encoded bytes and path of a row, without reading its other columns."""
+        cell: dict[str, Any] | None = self.table.data[self.column][index].as_py()
+        return cell
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one row."""
+        cell = self.cell(index)
+        if cell is None:
+            raise ValueError(f"row {index} of {self.source} has no picture")
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        return decode(file, f"row {index} of {self.source}")
+
+    def name(self, index: int) -> str:
+        """The file name stored with the picture, or the row."""
+        cell = self.cell(index)
+        return (cell and cell["path"]) or f"{self.source}/{index}"
+
+    def fingerprint(self) -> str:
+        """The table's, which the `datasets` library keeps."""
+        return str(self.table._fingerprint)

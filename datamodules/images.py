@@ -1,0 +1,290 @@
+"""What every image data set here shares: splits, loaders, augmentation, and what to do with a broken picture.
+
+A data set's own file says only where its pictures and labels are (`read_splits`). This file turns them into
+batches:
+
+    {"image": float in [0, 1], (batch, 3, size, size), channels-last,
+     "label": int64, (batch,); -100 marks a sample that only fills up a rank's last batch,
+     "index": int64, (batch,), position in the split: `datamodule.sample_names(split)[index]` names it,
+     "target": only with mixup or cutmix: class probabilities, (batch, classes)}
+
+Normalisation belongs to the model, which knows its backbone: batches can't be normalised wrongly here.
+
+Two ways lead to a batch. Small pictures (digits, CIFAR) lie decoded in memory as one uint8 tensor and are
+augmented as whole batches on the model's device. Large ones are decoded in worker processes, each sample
+augmented by torchvision. Either way, what happens to a sample is a function of (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as VF
+
+from . import augment as batchwise
+from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, sample_transform
+from .pictures import PictureArray, Pictures, Subset, check_labels
+from .sampling import EpochSampler
+from .splits import limit_per_class, stratified_split
+
+log = logging.getLogger(__name__)
+
+MEMORY_LIMIT_BYTES = 2**30  # decoded pictures up to this size are held in memory ...
+MEMORY_LIMIT_PIXELS = 96  # ... if they are at most this wide: larger ones profit from random resized crops
+
+
+class ImageDataModule(LightningDataModule):
+    """Base of the image data modules; a subclass gives `class_names` and `read_splits`.
+
+    Args:
+        batch_size: Pictures per training batch and rank.
+        eval_batch_size: The same for validation, test and prediction; twice `batch_size` if not given.
+        image_size: Side in pixels of what the model sees. `None`: a recipe's CLI fills in the backbone's.
+        augment: Strength of the training augmentation: none, light, standard or strong.
+        mixup: Beta parameter of mixup, 0 for off; 0.2 is usual.
+        cutmix: Beta parameter of CutMix, 0 for off; 1.0 is usual.
+        val_share: Part of the training pictures held out for validation where the data set has no split for it.
+        limit_per_class: At most so many training pictures of each class, for few-image experiments.
+        seed: Decides the split, the order and the augmentation.
+        num_workers: Decoding processes. `None`: the cores this process may use, shared among the ranks, at
+            most 8; none where pictures lie in memory.
+        in_memory: Whether to decode everything once and hold it in memory. `None`: if pictures are at most
+            96 px wide and all of them take at most 1 GiB.
+        on_error: What to do with a picture that cannot be read: `raise`, or `skip` it and count it.
+    """
+
+    flip = True  # whether a mirrored picture keeps its meaning
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        image_size: int | None = None,
+        augment: Strength = "standard",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        val_share: float = 0.1,
+        limit_per_class: int | None = None,
+        seed: int = 0,
+        num_workers: int | None = None,
+        in_memory: bool | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
+        self.image_size, self.augment, self.mixup, self.cutmix = image_size, augment, mixup, cutmix
+        self.val_share, self.limit_per_class, self.seed = val_share, limit_per_class, seed
+        self.num_workers, self.in_memory, self.on_error = num_workers, in_memory, on_error
+        self.splits: dict[str, Pictures] = {}
+        self.decoded: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
+        self.skipped: set[str] = set()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the labels; known before `setup`."""
+        raise NotImplementedError
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The data set's pictures: `train` and whichever of `val`, `test` and `predict` exist."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training pictures of each class, after `setup`."""
+        return torch.bincount(self.splits["train"].labels, minlength=self.num_classes).tolist()
+
+    def sample_names(self, split: str) -> Callable[[int], str]:
+        """Names the pictures of a split by their `index` in a batch."""
+        return self.splits[split].name
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split, limit and check what `read_splits` finds; decode it where it is to lie in memory."""
+        if self.splits:
+            return
+        splits = self.read_splits()
+        train = splits["train"]
+        check_labels(train, self.class_names)
+        if "val" not in splits:
+            kept, held_out = stratified_split(train.labels, self.val_share, self.seed)
+            splits["val"], splits["train"] = Subset(train, held_out), Subset(train, kept)
+        if self.limit_per_class is not None:
+            train = splits["train"]
+            splits["train"] = Subset(train, limit_per_class(train.labels, self.limit_per_class, self.seed))
+        splits.setdefault("predict", splits.get("test", splits["val"]))
+        self.splits = splits
+        counts = ", ".join(f"{len(pictures.labels)} {name}" for name, pictures in splits.items())
+        log.info("data: %s pictures of %d classes", counts, self.num_classes)
+
+    def split_rows(self) -> dict[str, list[int]]:
+        """Which rows of the original training set are in `train` and `val`, where they were cut from it."""
+        rows = {}
+        for name in ("train", "val"):
+            pictures, chain = self.splits[name], []
+            while isinstance(pictures, Subset):
+                chain.append(pictures.rows)
+                pictures = pictures.pictures
+            if chain:
+                index = chain.pop()
+                while chain:
+                    index = index[chain.pop()]
+                rows[name] = index.tolist()
+        return rows
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled and augmented."""
+        return self._loader("train", train=True, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """In order; every picture counts once, also over several ranks."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """As validation. Without a test split this is the validation split, and a warning says so."""
+        if "test" not in self.splits:
+            log.warning("no test split: testing on the validation pictures, which chose the checkpoint")
+            return self._loader("val")
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """As test, over the pictures to be predicted: by default the test split's."""
+        return self._loader("predict")
+
+    def fingerprint(self, split: str) -> str:
+        """Changes with the pictures and labels of a split, as far as file sizes and times tell."""
+        pictures = self.splits[split]
+        digest = hashlib.sha256(pictures.labels.numpy().tobytes())
+        while isinstance(pictures, Subset):
+            digest.update(pictures.rows.numpy().tobytes())
+            pictures = pictures.pictures
+        digest.update(pictures.fingerprint().encode())
+        return digest.hexdigest()
+
+    def view_dataloader(self, split: str, view: int | None) -> DataLoader[Batch]:
+        """Every picture of a split once, in order: as in evaluation, or augmented as in epoch `view`."""
+        loader = self._loader(split, train=view is not None, shuffle=False, world=1, rank=0)
+        loader.sampler.set_epoch(view or 0)  # type: ignore[attr-defined]
+        return loader
+
+    def _loader(
+        self, split: str, *, train: bool = False, shuffle: bool = False, world: int | None = None, rank: int = 0
+    ) -> DataLoader[Batch]:
+        trainer = self.trainer
+        if world is None:
+            world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        dataset = self._dataset(split, train=train)
+        size = len(self.splits[split].labels)
+        sampler = EpochSampler(size, shuffle=shuffle, seed=self.seed, num_replicas=world, rank=rank)
+        workers = 0
+        if isinstance(dataset, Decoding):
+            local_ranks = trainer.num_devices if trainer else 1
+            workers = min(8, _cores() // local_ranks) if self.num_workers is None else self.num_workers
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            sampler=sampler,
+            drop_last=shuffle and len(sampler) >= self.batch_size,  # a last batch of one would break BatchNorm
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=as_it_is,
+        )
+
+    def _dataset(self, split: str, *, train: bool) -> Dataset[Batch]:
+        pictures = self.splits[split]
+        if split in self.features:
+            return Precomputed(self.features[split], pictures.labels)
+        size = self.image_size or 224
+        needed = len(pictures.labels) * size * size * 3
+        small = size <= MEMORY_LIMIT_PIXELS and needed <= MEMORY_LIMIT_BYTES
+        if small if self.in_memory is None else self.in_memory:
+            if split not in self.decoded:
+                self.decoded[split] = self._decode_all(split, size)
+            return InMemory(self.decoded[split], self.splits[split].labels, train=train, seed=self.seed)
+        transform = sample_transform(self.augment, size, train=train, flip=self.flip)
+        skip = self.on_error == "skip"
+        return Decoding(pictures, transform, train=train, seed=self.seed, skip_unreadable=skip)
+
+    def _decode_all(self, split: str, size: int) -> Tensor:
+        """uint8, `(n, size, size, 3)`; without the pictures that cannot be read, if these are to be skipped."""
+        pictures = self.splits[split]
+        source, rows = (pictures.pictures, pictures.rows) if isinstance(pictures, Subset) else (pictures, None)
+        if isinstance(source, PictureArray) and source.pixels.shape[1:3] == (size, size):
+            return source.pixels if rows is None else source.pixels[rows]
+        pixels = torch.empty(len(pictures.labels), size, size, 3, dtype=torch.uint8)
+        readable = []
+        for index in range(len(pixels)):
+            try:
+                picture = pictures.read(index)
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise
+                self.skipped.add(str(error))
+                continue
+            if picture.size != (size, size):
+                picture = VF.center_crop(VF.resize(picture, [size]), [size])
+            pixels[len(readable)] = torch.from_numpy(np.array(picture))
+            readable.append(index)
+        if len(readable) < len(pixels):
+            self.splits[split] = Subset(pictures, torch.tensor(readable, dtype=torch.long))
+        return pixels[: len(readable)]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On the model's device: augmentation of pictures from memory, uint8 to float, mixup and CutMix."""
+        self.skipped.update(batch.pop("skipped", ()))
+        if "image" not in batch:
+            return batch
+        seed, uniform = batch.pop("seed", None), batch.pop("uniform", None)
+        if uniform is None:
+            batch["image"] = batchwise.to_float(batch["image"])
+        else:
+            batch["image"] = batchwise.augment(batch["image"], uniform, self.augment, flip=self.flip)
+        if seed is not None and (self.mixup or self.cutmix):
+            target = batchwise.soft_targets(batch["label"], self.num_classes)
+            batch["image"], batch["target"] = batchwise.mix(
+                batch["image"], target, mixup=self.mixup, cutmix=self.cutmix, seed=seed
+            )
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should tell about the data: class names, sizes, the split."""
+        return {
+            "class_names": self.class_names,
+            "image_size": self.image_size,
+            "seed": self.seed,
+            "counts": {name: len(pictures.labels) for name, pictures in self.splits.items()},
+            "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in self.split_rows().items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other data than the checkpoint's: a new split would validate on training pictures."""
+        if not self.splits or "train" not in state_dict.get("counts", {}):
+            return
+        for name, rows in self.split_rows().items():
+            saved = state_dict["split_rows"].get(name)
+            if saved is None or saved.tolist() != rows:
+                raise ValueError(
+                    f"the {name} split is not the checkpoint's ({state_dict['counts'].get(name)} pictures then, "
+                    f"{len(rows)} now): same data, data.seed, data.val_share and data.limit_per_class are needed "
+                    "to resume"
+                )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,160 @@
+"""Collections of labelled pictures that can be read one by one, and what to do with a broken one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+
+class Pictures(Protocol):
+    """A readable collection of labelled pictures."""
+
+    labels: Tensor  # int64, (n,)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one picture; an unreadable one raises a ValueError that names it."""
+
+    def name(self, index: int) -> str:
+        """Where the picture comes from: a file's path, or a row."""
+
+    def fingerprint(self) -> str:
+        """Changes with the pictures."""
+
+
+class PictureFiles:
+    """Pictures in files.
+
+    Args:
+        paths: The files.
+        labels: Their classes, `(n,)`.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.paths = paths
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode one file."""
+        return decode(self.paths[index], self.paths[index])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and times of change; no file is read."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = os.stat(path)
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+class PictureArray:
+    """Pictures that are already decoded.
+
+    Args:
+        pixels: uint8, `(n, height, width, 3)`.
+        labels: Classes, `(n,)`.
+        source: Begins the name of each picture.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, source: str) -> None:
+        self.pixels, self.labels, self.source = pixels, labels.long(), source
+
+    def read(self, index: int) -> Image.Image:
+        """One picture."""
+        return Image.fromarray(self.pixels[index].numpy())
+
+    def name(self, index: int) -> str:
+        """The source and the row."""
+        return f"{self.source}/{index}"
+
+    def fingerprint(self) -> str:
+        """Hash of the pixels."""
+        return hashlib.sha256(self.pixels.numpy().data).hexdigest()
+
+
+class Subset:
+    """Some rows of a collection.
+
+    Args:
+        pictures: The collection.
+        rows: int64, `(n,)`.
+        labels: Classes of these rows, where they differ from the collection's.
+    """
+
+    def __init__(self, pictures: Pictures, rows: Tensor, labels: Tensor | None = None) -> None:
+        self.pictures, self.rows = pictures, rows
+        self.labels = pictures.labels[rows] if labels is None else labels
+
+    def read(self, index: int) -> Image.Image:
+        """One picture."""
+        return self.pictures.read(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        """Its name in the collection."""
+        return self.pictures.name(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        """The collection's."""
+        return self.pictures.fingerprint()
+
+
+def decode(file: Any, name: str) -> Image.Image:
+    """Read a picture upright and in RGB, whatever its mode and its EXIF orientation.
+
+    Args:
+        file: A path or an open binary file.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: The file is truncated, no picture, or too large to be one.
+    """
+    try:
+        with Image.open(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"cannot read the picture {name}: {error}. Repair or remove it, or set data.on_error to skip."
+        ) from error
+
+
+def check_labels(pictures: Pictures, class_names: list[str]) -> None:
+    """Refuse labels out of range.
+
+    Raises:
+        ValueError: Names the first sample with one.
+    """
+    labels = pictures.labels
+    wrong = ((labels < 0) | (labels >= len(class_names))).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"label {int(labels[wrong[0]])} of {pictures.name(wrong[0])} is out of range: "
+            f"there are {len(class_names)} classes, 0 to {len(class_names) - 1} ({len(wrong)} such labels)"
+        )
+
+
+def existing_folder(path: str | Path, what: str) -> Path:
+    """The folder as a `Path`.
+
+    Raises:
+        FileNotFoundError: It is not there; says what was expected in it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected {what}. Set data.root to where it is.")
+    return folder

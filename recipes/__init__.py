@@ -1,0 +1,3 @@
+"""Fine-tuning recipes for PyTorch Lightning."""
+
+__version__ = "0.1.0"

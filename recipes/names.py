@@ -1,0 +1,125 @@
+"""Names that a person types: shipped configs, files, commands, and the nearest one where there is a slip.
+
+Standard library and YAML only: mistakes in a name are told at once, before torch and Lightning are imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS = Path(__file__).parent / "weights"
+SUBCOMMANDS = {
+    "fit": "train; with --test, test the best checkpoint afterwards",
+    "validate": "evaluate on the validation split",
+    "test": "evaluate on the test split",
+    "predict": "write a CSV of names, classes and probabilities",
+}
+TOP_LEVEL_KEYS = (
+    *("seed_everything", "trainer", "model", "data", "test", "feature_views", "ckpt_path", "weights_only"),
+    *("verbose", "return_predictions", "config"),
+)
+
+
+def config_names() -> list[str]:
+    """Names of the shipped configs, such as `vision/quickstart`, sorted."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: a local file of that name wins over a shipped one.
+
+    Raises:
+        FileNotFoundError: Neither exists; names the nearest.
+    """
+    for candidate in (Path(name), Path(f"{name}.yaml"), CONFIGS / f"{name}.yaml", CONFIGS / name):
+        if candidate.is_file():
+            return candidate
+    hint = did_you_mean(name.removesuffix(".yaml"), config_names())
+    raise FileNotFoundError(
+        f"config {name!r} is neither a file nor a shipped config{hint}\npython -m recipes ls configs lists them."
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the nearest known word, or nothing."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if k.rsplit("/")[-1] == word.rsplit("/")[-1]]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def stop(message: str) -> NoReturn:
+    """End the program over a user's mistake: the message, no traceback, status 2."""
+    sys.stderr.write(f"error: {message.rstrip()}\n")
+    raise SystemExit(2)
+
+
+def header(path: Path) -> list[str]:
+    """Comment lines at the top of a config, without the comment sign."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].strip())
+    return lines
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config's content; a mistake in its YAML ends the program with the line and the reason."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        stop(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}")
+    if not isinstance(content, dict):
+        stop(f"{path} must hold keys such as model, data and trainer; found {type(content).__name__}")
+    return content
+
+
+def check_command(recipe: str, argv: Sequence[str]) -> None:
+    """Answer what needs no heavy import: help, an unknown subcommand, a config that is not there or not YAML.
+
+    Args:
+        recipe: The module's name, such as `vision`.
+        argv: The command line after `python -m recipes.<recipe>`.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m recipes.{recipe} SUBCOMMAND --config NAME_OR_FILE [--key value ...]\n")
+        for name, meaning in SUBCOMMANDS.items():
+            print(f"  {name:9} {meaning}")
+        print(f"\npython -m recipes.{recipe} fit --help lists every key; python -m recipes ls configs, the configs.")
+        raise SystemExit(0 if argv else 2)
+    if argv[0] not in SUBCOMMANDS:
+        if argv[0].startswith("-"):
+            stop(f"the subcommand comes first: python -m recipes.{recipe} fit {argv[0]} ...; got {argv[0]!r} before it")
+        expected = f"expected one of {', '.join(SUBCOMMANDS)}{did_you_mean(argv[0], SUBCOMMANDS)}"
+        stop(f"subcommand {argv[0]!r} is not known; {expected}")
+    for position, word in enumerate(argv):
+        if word in ("-c", "--config") or word.startswith("--config="):
+            if word.startswith("--config="):
+                name = word.removeprefix("--config=")
+            elif position + 1 < len(argv):
+                name = argv[position + 1]
+            else:
+                stop(f"{word} needs a name or a file\npython -m recipes ls configs lists the names.")
+            check_config(name)
+
+
+def check_config(name: str) -> None:
+    """A config must exist, be YAML, and have known keys at its top."""
+    try:
+        path = find_config(name)
+    except FileNotFoundError as error:
+        stop(str(error))
+    for key in read_yaml(path):
+        if key not in TOP_LEVEL_KEYS:
+            expected = f"expected model, data, trainer, seed_everything{did_you_mean(str(key), TOP_LEVEL_KEYS)}"
+            stop(f"{path}: key {key!r} is not known at the top; {expected}")

@@ -1,0 +1,1 @@
+"""Pure torch: backbones, heads, losses, optimisers, schedules. No Trainer, no command line."""

@@ -1,0 +1,299 @@
+"""Every image data module: splits, batches, broken pictures, resume; on data in the true formats."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder
+from datamodules.images import ImageDataModule
+from datamodules.pictures import decode
+from datamodules.splits import limit_per_class, stratified_split
+
+from ..conftest import picture, write_folder, write_parquet
+
+
+@pytest.fixture
+def every(tmp_path: Path, cifar10: Path) -> dict[str, ImageDataModule]:
+    files = {
+        "train": str(write_parquet(tmp_path / "a.parquet", 30)),
+        "test": str(write_parquet(tmp_path / "b.parquet", 9)),
+    }
+    options: dict[str, Any] = {"batch_size": 8, "num_workers": 0}
+    return {
+        "digits": Digits(image_size=8, **options),
+        "cifar10": CIFAR10(cifar10, image_size=32, **options),
+        "folder": ImageFolder(write_folder(tmp_path / "f"), image_size=32, **options),
+        "folder, large": ImageFolder(write_folder(tmp_path / "g"), image_size=100, **options),
+        "huggingface": HuggingFaceImages("parquet", data_files=files, image_size=32, **options),
+    }
+
+
+def rows(data: ImageDataModule, split: str) -> list[dict[str, Any]]:
+    loader = getattr(data, f"{split}_dataloader")()
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def test_batches_of_every_data_module(every: dict[str, ImageDataModule]) -> None:
+    for name, data in every.items():
+        assert data.num_classes == len(data.class_names) > 1, f"{name}: known before setup"
+        data.prepare_data() if name != "cifar10" else None
+        data.setup("fit")
+        for split in ("train", "val", "test", "predict"):
+            batches = rows(data, split)
+            images = batches[0]["image"]
+            size = data.image_size
+            assert images.shape[1:] == (3, size, size) and images.dtype == torch.float32, name
+            assert images.is_contiguous(memory_format=torch.channels_last), name
+            assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01, name
+            index = torch.cat([batch["index"] for batch in batches])
+            labels = torch.cat([batch["label"] for batch in batches])
+            assert torch.equal(labels, data.splits[split].labels[index]), name
+            if split != "train":
+                assert index.tolist() == list(range(len(data.splits[split].labels))), name
+
+
+def test_train_and_validation_share_nothing_and_keep_every_class(every: dict[str, ImageDataModule]) -> None:
+    for name, data in every.items():
+        data.setup("fit")
+        seen = {
+            s: {data.sample_names(s)(i) for i in range(len(data.splits[s].labels))} for s in ("train", "val", "test")
+        }
+        assert not (seen["train"] & seen["val"] or seen["train"] & seen["test"] or seen["val"] & seen["test"]), name
+        assert set(data.splits["val"].labels.tolist()) == set(range(data.num_classes)), name
+
+
+def test_augmentation_and_order_are_functions_of_seed_and_epoch(every: dict[str, ImageDataModule]) -> None:
+    for name, data in every.items():
+        data.setup("fit")
+
+        def epoch(number: int, data: ImageDataModule = data) -> torch.Tensor:
+            torch.manual_seed(torch.randint(1000, ()).item())  # whatever the global generator holds
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
+            return data.on_after_batch_transfer(next(iter(loader)), 0)["image"]
+
+        assert torch.equal(epoch(3), epoch(3)), name
+        assert not torch.equal(epoch(3), epoch(4)), name
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "f")
+
+    def images(workers: int) -> torch.Tensor:
+        data = ImageFolder(root, image_size=100, batch_size=4, augment="strong", num_workers=workers)
+        data.setup("fit")
+        return torch.cat([batch["image"] for batch in rows(data, "train")])
+
+    assert torch.equal(images(0), images(2))
+
+
+def test_global_generator_is_left_alone(tmp_path: Path) -> None:
+    data = ImageFolder(write_folder(tmp_path / "f"), image_size=100, num_workers=0)
+    data.setup("fit")
+    before = torch.get_rng_state()
+    rows(data, "train")
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.empty((), dtype=torch.int64).random_()  # what a loader draws for its base seed
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_stratified_split_is_seeded_and_proportional() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 10 + [2])
+    kept, held_out = stratified_split(labels, 0.2, seed=0)
+    assert torch.bincount(labels[held_out], minlength=3).tolist() == [20, 2, 0], "a single sample stays in training"
+    assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(111))
+    assert torch.equal(stratified_split(labels, 0.2, seed=0)[1], held_out)
+    assert not torch.equal(stratified_split(labels, 0.2, seed=1)[1], held_out)
+    with pytest.raises(ValueError, match="between 0 and 1, not 1"):
+        stratified_split(labels, 1, seed=0)
+
+
+def test_fewer_images_are_a_subset_of_more() -> None:
+    labels = torch.arange(100) % 3
+    few, more = (set(limit_per_class(labels, k, seed=0).tolist()) for k in (2, 5))
+    assert len(few) == 6 and len(more) == 15 and few < more
+
+
+def test_limit_per_class_leaves_validation_whole() -> None:
+    data = Digits(image_size=8, limit_per_class=5)
+    data.setup("fit")
+    assert data.class_counts == [5] * 10
+    whole = Digits(image_size=8)
+    whole.setup("fit")
+    assert len(data.splits["val"].labels) == len(whole.splits["val"].labels)
+
+
+def test_digits_keep_their_test_set_whatever_the_seed() -> None:
+    first, second = Digits(seed=0), Digits(seed=1)
+    for data in (first, second):
+        data.setup()
+    names = [[d.sample_names("test")(i) for i in range(len(d.splits["test"].labels))] for d in (first, second)]
+    assert names[0] == names[1]
+    assert first.split_rows() != second.split_rows()
+
+
+def test_digits_of_some_classes_are_relabelled() -> None:
+    data = Digits(classes=[7, 5], image_size=8)
+    data.setup()
+    assert data.class_names == ["7", "5"] and set(data.splits["train"].labels.tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="different digits from 0 to 9"):
+        Digits(classes=[5, 10])
+
+
+# ---- broken, odd and missing files
+
+
+def truncate(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+@pytest.mark.parametrize("size", [32, 100], ids=["in memory", "decoding"])
+def test_a_truncated_picture_is_named_or_skipped(tmp_path: Path, size: int) -> None:
+    root = write_folder(tmp_path / "f", splits=("train", "val", "test"))
+    broken = truncate(root / "train" / "class_1" / "3.jpg")
+    data = ImageFolder(root, image_size=size, batch_size=4, num_workers=0)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"cannot read the picture .*class_1.3\.jpg.*on_error to skip"):
+        rows(data, "train")
+    data = ImageFolder(root, image_size=size, batch_size=4, num_workers=0, on_error="skip")
+    data.setup("fit")
+    names = [data.sample_names("train")(int(i)) for batch in rows(data, "train") for i in batch["index"]]
+    assert str(broken) not in names and len(names) >= 20
+    assert len(data.skipped) == 1 and str(broken) in next(iter(data.skipped))
+
+
+def test_a_batch_of_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "f", splits=("train", "val", "test"), classes=2, each=2)
+    for path in root.glob("train/*/*.jpg"):
+        truncate(path)
+    data = ImageFolder(root, image_size=100, batch_size=4, num_workers=0, on_error="skip")
+    data.setup("fit")
+    with pytest.raises(ValueError, match="no picture of a batch of 4 can be read"):
+        rows(data, "train")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I;16") else "a.png")
+    image = Image.new("I;16", (9, 7), 3000) if mode == "I;16" else picture(0, 9, 7).convert(mode)
+    image.save(path)
+    read = decode(str(path), "a")
+    assert read.mode == "RGB" and read.size == (9, 7)
+
+
+def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    picture(0, 40, 20).save(tmp_path / "a.jpg", exif=exif)
+    assert decode(str(tmp_path / "a.jpg"), "a").size == (20, 40)
+
+
+def test_text_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"cannot read the picture a\.jpg"):
+        decode(str(tmp_path / "a.jpg"), "a.jpg")
+
+
+def test_folder_layouts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def counts(splits: tuple[str, ...]) -> dict[str, int]:
+        data = ImageFolder(write_folder(tmp_path / "-".join(splits or ("none",)), splits, each=10), image_size=32)
+        with caplog.at_level(logging.INFO):
+            data.setup()
+        return {name: len(pictures.labels) for name, pictures in data.splits.items() if name != "predict"}
+
+    assert counts(("train", "val", "test")) == {"train": 30, "val": 30, "test": 30}
+    assert counts(("train", "valid")) == {"train": 27, "val": 3, "test": 30}
+    assert "val/ is kept for the test" in caplog.text
+    assert counts(("train", "test")) == {"train": 27, "val": 3, "test": 30}
+    assert counts(()) == {"train": 21, "val": 3, "test": 6}
+
+
+def test_mistakes_in_a_folder_get_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere: expected one folder of pictures per class"):
+        _ = ImageFolder(tmp_path / "nowhere").class_names
+    root = write_folder(tmp_path / "one", classes=1)
+    with pytest.raises(ValueError, match=r"two or more classes; found \['class_0'\]"):
+        _ = ImageFolder(root).class_names
+    root = write_folder(tmp_path / "strange")
+    (root / "val" / "class_9").mkdir()
+    with pytest.raises(ValueError, match="classes that the training folder has not: class_9"):
+        ImageFolder(root).setup()
+    root = write_folder(tmp_path / "empty")
+    (root / "train" / "zebra").mkdir()
+    with pytest.raises(ValueError, match="no picture of class 'zebra'"):
+        ImageFolder(root).setup()
+    with pytest.raises(FileNotFoundError, match="set data.predict_root"):
+        ImageFolder(write_folder(tmp_path / "f"), predict_root=tmp_path / "nowhere").setup()
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        Digits(batch_size=0)
+
+
+def test_loose_pictures_can_be_predicted(tmp_path: Path) -> None:
+    loose = tmp_path / "loose" / "deeper"
+    loose.mkdir(parents=True)
+    for number in range(3):
+        picture(number).save(loose / f"{number}.png")
+    data = ImageFolder(write_folder(tmp_path / "f"), image_size=32, predict_root=tmp_path / "loose")
+    data.setup("predict")
+    assert [Path(data.sample_names("predict")(i)).name for i in range(3)] == ["0.png", "1.png", "2.png"]
+    assert len(rows(data, "predict")[0]["image"]) == 3
+
+
+def test_mistakes_in_a_table_get_a_sentence(tmp_path: Path) -> None:
+    files = {"train": str(write_parquet(tmp_path / "a.parquet", 6))}
+    with pytest.raises(ValueError, match="no split 'test' in parquet: it has train"):
+        HuggingFaceImages("parquet", data_files=files).setup()
+    with pytest.raises(ValueError, match="no column 'img' in split 'train' of parquet: it has image, label"):
+        HuggingFaceImages("parquet", data_files=files, image_column="img", test_split=None).setup()
+    with pytest.raises(FileNotFoundError, match=r"no data set .*nowhere\.parquet"):
+        HuggingFaceImages("parquet", data_files={"train": str(tmp_path / "nowhere.parquet")}).setup()
+    with pytest.raises(FileNotFoundError, match="no data set some/thing: expected a name on the hub"):
+        HuggingFaceImages("some/thing").setup()
+
+
+def test_labels_may_be_names_or_numbers(tmp_path: Path) -> None:
+    import datasets
+
+    for labels, names in ((["wasp", "ant"] * 4, ["ant", "wasp"]), ([7, 3] * 4, ["3", "7"])):
+        path = str(tmp_path / f"{names[0]}.parquet")
+        cells = [{"bytes": None, "path": str(tmp_path / f"{n}.png")} for n in range(8)]
+        for number, cell in enumerate(cells):
+            picture(number).save(cell["path"])
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.Value("string" if names[0] == "ant" else "int64")}
+        )
+        datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features).to_parquet(path)
+        data = HuggingFaceImages("parquet", data_files={"train": path}, test_split=None, val_share=0.25, image_size=16)
+        data.setup()
+        assert data.class_names == names
+        assert sorted(data.splits["train"].pictures.labels.tolist()) == [0] * 4 + [1] * 4  # type: ignore[attr-defined]
+
+
+def test_missing_cifar10_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python\.tar\.gz"):
+        CIFAR10(tmp_path / "nowhere").prepare_data()
+
+
+def test_another_split_is_refused_on_resume() -> None:
+    first = Digits(image_size=8, seed=0)
+    first.setup("fit")
+    state = first.state_dict()
+    same = Digits(image_size=8, seed=0)
+    same.setup("fit")
+    same.load_state_dict(state)
+    other = Digits(image_size=8, seed=1)
+    other.setup("fit")
+    with pytest.raises(ValueError, match=r"split is not the checkpoint's .* data\.seed"):
+        other.load_state_dict(state)

@@ -1,0 +1,74 @@
+"""Who may import whom, read off the syntax trees; and what a stranger's eye would catch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).resolve().parents[1]
+STANDARD = set(sys.stdlib_module_names) | {"__future__"}
+SCIENCE = {"torch", "numpy", "lightning", "typing_extensions"}
+
+MAY_IMPORT = {
+    "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
+    "recipes": SCIENCE | {"torchvision", "jsonargparse", "yaml", "rich", "callbacks", "datamodules"},
+    "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
+    "datamodules": SCIENCE | {"torchvision", "datasets", "transformers", "PIL", "sklearn"},
+}
+ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
+FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Top-level packages that a file imports absolutely, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def room(path: Path) -> str:
+    folder = path.relative_to(HOME).parent.as_posix()
+    return folder if folder in MAY_IMPORT else folder.split("/")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(HOME).as_posix())
+def test_imports_only_what_its_room_may(path: Path) -> None:
+    allowed = MAY_IMPORT[room(path)]
+    if path.name != "cli.py":
+        allowed = allowed - ONLY_CLI
+    strangers = imports(ast.parse(path.read_text())) - STANDARD - allowed
+    assert not strangers, f"{path.name} imports {strangers}; {room(path)} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "parts" in p.parts], ids=lambda p: p.name)
+def test_parts_know_no_trainer_and_no_command_line(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 1:
+            pytest.fail(f"{path.name} reaches out of parts: from {'.' * node.level}{node.module}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(HOME).as_posix())
+def test_every_public_thing_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path.name} has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} in {path.name} has no docstring"
+
+
+def test_no_room_for_leftovers() -> None:
+    names = {p.stem for p in FILES} | {p.parent.name for p in FILES}
+    assert not names & {"utils", "helpers", "common", "misc"}
+
+
+@pytest.mark.parametrize("path", sorted((HOME / "callbacks").glob("[a-z]*.py")), ids=lambda p: p.name)
+def test_a_callback_file_stands_alone(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name} imports a sibling"
