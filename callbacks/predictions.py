@@ -38,7 +38,7 @@ class PredictionWriter(BasePredictionWriter):
         folder = trainer.log_dir or trainer.default_root_dir
         self.target = self.path or Path(folder) / "predictions.csv"
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         self.names = data.sample_names("predict") if hasattr(data, "sample_names") else str
         self.class_names: Sequence[str] | None = getattr(data, "class_names", None)
         self.part = part_of(self.target, trainer.global_rank).open("w", newline="", encoding="utf-8")

@@ -42,7 +42,8 @@ def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool =
     steps.append(v2.PILToTensor())
     if train and strength == "strong":
         steps.append(v2.RandomErasing(0.25))
-    return v2.Compose(steps)
+    transform: Callable[[Any], Tensor] = v2.Compose(steps)
+    return transform
 
 
 class InMemory(Dataset[Batch]):
@@ -63,14 +64,18 @@ class InMemory(Dataset[Batch]):
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
-        index = torch.tensor([draw.index for draw in draws])
+        index = torch.tensor([draw.row for draw in draws])
         labels = self.labels[index]
         if not self.train:
             labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
-        batch = {"image": self.pixels.index_select(0, index).permute(0, 3, 1, 2), "label": labels, "index": index}
+        batch: Batch = {
+            "image": self.pixels.index_select(0, index).permute(0, 3, 1, 2),
+            "label": labels,
+            "index": index,
+        }
         if self.train:
             epoch = draws[0].epoch
-            batch["seed"] = hash_seed(self.seed, epoch, draws[0].index)
+            batch["seed"] = hash_seed(self.seed, epoch, draws[0].row)
             batch["uniform"] = counter_uniform(self.seed, epoch, index.numpy(), DRAWS)
         return batch
 
@@ -120,19 +125,19 @@ class Decoding(Dataset[Batch]):
             "index": torch.tensor(index),
         }
         if self.train:
-            batch["seed"] = hash_seed(self.seed, draws[0].epoch, draws[0].index)
+            batch["seed"] = hash_seed(self.seed, draws[0].epoch, draws[0].row)
         if skipped:
             batch["skipped"] = skipped
         return batch
 
     def sample(self, draw: Draw) -> tuple[Tensor, int, int]:
         """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
-        picture = self.pictures.read(draw.index)
+        picture = self.pictures.read(draw.row)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash_seed(self.seed, draw.epoch, draw.index))
+            torch.manual_seed(hash_seed(self.seed, draw.epoch, draw.row))
             image = self.transform(picture)
-        label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.index])
-        return image, label, draw.index
+        label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.row])
+        return image, label, draw.row
 
 
 class Precomputed(Dataset[Batch]):
@@ -151,7 +156,7 @@ class Precomputed(Dataset[Batch]):
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """A whole batch."""
-        index = torch.tensor([draw.index for draw in draws])
+        index = torch.tensor([draw.row for draw in draws])
         labels = self.labels[index]
         labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
         view = draws[0].epoch % len(self.values)

@@ -129,7 +129,7 @@ class ImageDataModule(LightningDataModule):
             splits["train"] = Subset(train, limit_per_class(train.labels, self.limit_per_class, self.seed))
         splits.setdefault("predict", splits.get("test", splits["val"]))
         self.splits = splits
-        counts = ", ".join(f"{len(pictures.labels)} {name}" for name, pictures in splits.items())
+        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
         log.info("data: %s pictures of %d classes", counts, self.num_classes)
 
     def split_rows(self) -> dict[str, list[int]]:
@@ -203,7 +203,7 @@ class ImageDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=as_it_is,
+            collate_fn=as_it_is,  # type: ignore[arg-type]
         )
 
     def _dataset(self, split: str, *, train: bool) -> Dataset[Batch]:
@@ -228,7 +228,7 @@ class ImageDataModule(LightningDataModule):
         if isinstance(source, PictureArray) and source.pixels.shape[1:3] == (size, size):
             return source.pixels if rows is None else source.pixels[rows]
         pixels = torch.empty(len(pictures.labels), size, size, 3, dtype=torch.uint8)
-        readable = []
+        readable: list[int] = []
         for index in range(len(pixels)):
             try:
                 picture = pictures.read(index)

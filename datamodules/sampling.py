@@ -23,7 +23,7 @@ class Draw(NamedTuple):
     """One sample as the sampler asks for it: which, in which epoch, and whether only to fill up a batch."""
 
     epoch: int
-    index: int
+    row: int
     is_padding: bool = False
 
 
@@ -59,7 +59,7 @@ def counter_uniform(seed: int, epoch: int, index: npt.ArrayLike, draws: int) -> 
     """
     start = np.uint64(hash_seed(seed, epoch))
     samples = splitmix64(np.asarray(index).astype(np.uint64) ^ start)
-    words = splitmix64(samples[:, None] + np.arange(draws, dtype=np.uint64))
+    words = splitmix64(samples[:, None] + np.arange(draws).astype(np.uint64))
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) / np.float32(2**24))  # 24 bits fill a float32
 
 

@@ -23,7 +23,7 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
     generator = torch.Generator().manual_seed(hash_seed(seed, len(labels)))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero().flatten()
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
@@ -37,5 +37,5 @@ def limit_per_class(labels: Tensor, limit: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(hash_seed(seed, len(labels), 1))
     order = torch.randperm(len(labels), generator=generator)
-    chosen = [order[labels[order] == label][:limit] for label in labels.unique().tolist()]
+    chosen = [order[labels[order] == label][:limit] for label in sorted(set(labels.tolist()))]
     return torch.cat(chosen).sort().values

@@ -5,6 +5,7 @@ Standard library and YAML only: mistakes in a name are told at once, before torc
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -82,6 +83,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         stop(f"{path} must hold keys such as model, data and trainer; found {type(content).__name__}")
     return content
+
+
+def start(recipe: str, argv: Sequence[str]) -> None:
+    """What a recipe does first when it is the program, before torch is imported.
+
+    By default OpenMP's threads spin while they wait for each other. On a processor that others use too, that
+    makes a training step up to thirty times slower (benchmarks/results/threads.json); asleep, they lose little.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    check_command(recipe, argv)
 
 
 def check_command(recipe: str, argv: Sequence[str]) -> None:

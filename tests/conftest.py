@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning 2.6 calls what jsonargparse 5 will remove
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the subprocesses: several tests share the cores
 torch.set_num_threads(1)  # nets here are tiny, and several tests run at once
 
 
@@ -20,7 +23,6 @@ torch.set_num_threads(1)  # nets here are tiny, and several tests run at once
 def hygiene(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seed, dtype, environment, plotting and download folders; no network; no process group left over."""
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     home = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))

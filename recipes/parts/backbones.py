@@ -66,7 +66,7 @@ class Backbone(nn.Module):
 
     Args:
         net: The net, mapping `(batch, 3, height, width)` to `(batch, width)`.
-        name: Name it was built by.
+        name: Name it was built from.
         facts: What is known of it; `input_size` is the side in pixels it was built for.
         width: Number of features.
         blocks: Ordered, input to output: name -> dotted paths inside this module of submodules or parameters.

@@ -11,8 +11,8 @@ Either everything fits, but for the classifier, or nothing is loaded and an erro
 from __future__ import annotations
 
 import logging
-import pickle
 import re
+import shlex
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -183,19 +183,20 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"weights {path} are in no known kind of file: {', '.join(_PICKLES)}, .safetensors")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # whatever comes of unpickling what is no such file
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        needed = culprit[1] if culprit else "more"
+        if not culprit:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"weights {path} can't be read as torch's: {type(error).__name__} {reason}") from error
         convert = (
             "import sys, torch, safetensors.torch as s; c = torch.load(sys.argv[1], weights_only=False); "
             "s.save_file(c.get('state_dict', c), sys.argv[2])"
         )
+        files = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
         raise ValueError(
-            f"weights {path} hold not only tensors but {needed}, and reading that can run code; if you trust the file, "
-            f'convert it once: python -c "{convert}" {path} {path.with_suffix(".safetensors")}'
+            f"weights {path} hold not only tensors but a {culprit[1]}, and reading it can run code; if you trust the "
+            f'file, convert it once: python -c "{convert}" {files}'
         ) from error
-    except Exception as error:  # whatever comes of unpickling something else
-        raise ValueError(f"weights {path} can't be read as a file of torch: {error!r}") from error
     nested = next((name for name in _NESTED if isinstance(content, dict) and isinstance(content.get(name), dict)), "")
     state = content[nested] if nested else content
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
@@ -226,11 +227,12 @@ def _download(backbone: Backbone, weights: str, published: Mapping[str, Any]) ->
     if backbone.name.startswith("timm/"):
         return _download_from_timm(backbone)
     entry = published[weights]
-    trained_with = entry.transforms()
-    if (tuple(trained_with.mean), tuple(trained_with.std)) != (backbone.mean, backbone.std):
+    preset = entry.transforms()
+    mean, std = tuple(preset.mean), tuple(preset.std)
+    if (mean, std) != (backbone.mean, backbone.std):
         raise ValueError(
-            f"weights {weights!r} of backbone {backbone.name!r} were trained on pixels with mean {trained_with.mean} "
-            f"and std {trained_with.std}, where the backbone promises {backbone.mean} and {backbone.std}"
+            f"weights {weights!r} of backbone {backbone.name!r} were trained on pixels with mean {mean} and std {std}, "
+            f"where the backbone promises {backbone.mean} and {backbone.std}"
         )
     try:
         state: dict[str, Tensor] = entry.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)

@@ -40,7 +40,7 @@ def test_the_order_of_counters_matters() -> None:
 def test_evaluation_sees_every_sample_once(size: int, ranks: int) -> None:
     parts = [list(EpochSampler(size, shuffle=False, num_replicas=ranks, rank=r)) for r in range(ranks)]
     assert len({len(part) for part in parts}) == 1, "every rank has the same number of samples"
-    kept = [draw.index for part in parts for draw in part if not draw.is_padding]
+    kept = [draw.row for part in parts for draw in part if not draw.is_padding]
     assert sorted(kept) == list(range(size))
 
 
@@ -49,7 +49,7 @@ def test_ranks_share_one_permutation_that_changes_with_the_epoch() -> None:
         samplers = [EpochSampler(10, shuffle=True, seed=1, num_replicas=ranks, rank=r) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_epoch(epoch)
-        return [draw.index for together in zip(*samplers, strict=True) for draw in together]
+        return [draw.row for together in zip(*samplers, strict=True) for draw in together]
 
     assert order(0, 2) == order(0, 1)
     assert order(1, 1) != order(0, 1)

@@ -1,0 +1,380 @@
+"""The command line that all recipes share: Lightning's, with configs by name and errors a person can act on.
+
+    python -m recipes.vision fit --config vision/quickstart --trainer.max_epochs 5
+
+What it adds to LightningCLI: configs are found by name; the data module tells the model its number of
+classes; each run has a folder of its own with config, metrics and checkpoints; a mistake gets a sentence
+instead of a traceback; and what is configured now beats what a checkpoint says.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from jsonargparse import SUPPRESS, ActionConfigFile
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+)
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.logging import RichHandler
+
+import callbacks
+import datamodules
+
+from . import names
+from .mistakes import explain, sentence_of, unwrapped
+from .parts import schedules
+from .parts.optim import MuonWithAdamW
+from .summary import print_summary
+
+log = logging.getLogger(__name__)
+
+
+class ConfigByName(ActionConfigFile):
+    """`--config vision/quickstart` as well as `--config some/file.yaml`."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the config that the name stands for."""
+        try:
+            path = names.find_config(str(values))
+        except FileNotFoundError as error:
+            names.stop(str(error))
+        super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
+
+
+class RecipeParser(LightningArgumentParser):
+    """Answers a mistake with a few lines in place of the whole usage."""
+
+    argv: ClassVar[Sequence[str]] = ()  # the command line; a message may hold only the end of a key
+    recipe: ClassVar[str] = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # else --trainer.max_epoch would pass, unsaid
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with what was expected, what came and what to do."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        names.stop(explain(message, parser, self.argv, nameable(), self.recipe))
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI for one recipe.
+
+    Args:
+        model_class: The recipe's LightningModule, with `num_classes` among its arguments and a `monitor`
+            attribute (metric, mode) that says what the best checkpoint is best in.
+        args: Command line as a list of strings; the process's own if not given.
+        plan: Build everything and run nothing; without data, ten classes are assumed.
+    """
+
+    def __init__(self, model_class: type[LightningModule], args: ArgsType = None, *, plan: bool = False) -> None:
+        check_siblings()
+        quieten()
+        speak()
+        self.plan = plan
+        self.recipe = Path(sys.modules[model_class.__module__].__file__ or "recipe").stem
+        self.started = time.time()
+        if args is None:
+            args = sys.argv[1:]
+        if isinstance(args, Sequence):
+            names.check_command(self.recipe, args)  # type: ignore[arg-type]
+            args = with_config_of_checkpoint(list(args))  # type: ignore[arg-type]
+            RecipeParser.argv, RecipeParser.recipe = args, self.recipe
+        self.building = True
+        try:
+            super().__init__(
+                model_class,
+                LightningDataModule,
+                subclass_mode_data=True,
+                args=args,
+                save_config_kwargs={"overwrite": True},  # a resumed run's folder has one already
+                parser_class=RecipeParser,
+                trainer_defaults={"enable_model_summary": False},  # the table of groups and the summary say more
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+            )
+        except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
+            sentence = sentence_of(error) or (unwrapped(str(error)) if self.building else None)
+            if sentence is None or os.environ.get("RECIPES_TRACEBACK"):
+                raise
+            names.stop(f"{sentence}\nRECIPES_TRACEBACK=1 shows where this was raised.")
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's, with configs by name."""
+        parser = super().init_parser(**kwargs)
+        action = next(a for a in parser._actions if isinstance(a, ActionConfigFile))
+        action.__class__ = ConfigByName
+        action.help = "A shipped config's name or a file; several merge from left to right."
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The model learns its number of classes from the data; no config repeats it."""
+        parser.link_arguments("data", "model.num_classes", compute_fn=self._num_classes, apply_on="instantiate")
+
+    def _num_classes(self, data: Any) -> int:
+        try:
+            return int(data.num_classes)
+        except (ValueError, OSError) as error:
+            if self.plan and isinstance(error, FileNotFoundError):
+                return 10
+            names.stop(str(error))  # through the parser, it would come wrapped in a screen of text
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for other in {"verbose", "return_predictions"} - set(self._subcommand_method_arguments[subcommand]):
+            parser.add_argument(f"--{other}", help=SUPPRESS)  # so that one run's config serves all subcommands
+        parser.add_argument(
+            "--test",
+            type=bool,
+            default=False,
+            nargs="?",
+            const=True,
+            help="Test the best checkpoint after the fit.",
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning's, without its warning that a list was passed."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The config at hand counts; say where it differs from the checkpoint's hyper-parameters."""
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        path = config.get("ckpt_path")
+        if not path or path in ("best", "last", "hpc"):
+            return
+        saved = load_checkpoint(path).get("hyper_parameters", {})
+        now = flatten(config.model.as_dict())
+        for key, old in flatten({k: v for k, v in saved.items() if not k.startswith("_")}).items():
+            if key in now and now[key] != old:
+                log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
+        if subcommand != "fit" and "weights" in config.model:
+            config.model.weights = None  # the checkpoint's weights are about to replace them
+
+    def before_instantiate_classes(self) -> None:
+        """Train in bf16 where the hardware has it, unless a precision is given."""
+        trainer = self.config[self.subcommand].trainer
+        if self.plan:
+            trainer.logger = False
+            self.config[self.subcommand].model.weights = None
+        if trainer.precision is None and bf16_is_native(trainer.accelerator):
+            trainer.precision = "bf16-mixed"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The run's folder, loggers and callbacks, each unless the config brings its own."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] is None:
+            folder = self.run_folder()
+            where: dict[str, Any] = {"save_dir": folder.parents[1], "name": folder.parent.name, "version": folder.name}
+            keep_metrics(folder)
+            kwargs["logger"] = [CSVLogger(**where)]
+            if self.subcommand == "fit":
+                kwargs["logger"].append(TensorBoardLogger(**where, default_hp_metric=False))
+        given: list[Callback] = list(config["callbacks"] or [])
+        own = self.default_callbacks(has_logger=config["logger"] is not False)
+        has_bar = any(isinstance(other, ProgressBar) for other in given)
+        kwargs["callbacks"] = given + [
+            callback
+            for callback in own
+            if not any(isinstance(other, type(callback)) for other in given)
+            and not (has_bar and isinstance(callback, ProgressBar))
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+    def run_folder(self) -> Path:
+        """`runs/<recipe>/<config>/<time>` below the trainer's `default_root_dir`; a resumed run keeps its own."""
+        config = self.config[self.subcommand]
+        before = run_of_checkpoint(config.get("ckpt_path"))
+        if before and self.subcommand == "fit":
+            return before
+        name = Path(str(config.config[0])).stem if config.get("config") else "run"
+        if name == "config":  # a finished run's own config: keep the name that run had
+            name = Path(str(config.config[0])).absolute().parents[1].name
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(self.started))
+        if self.subcommand != "fit":
+            stamp += f"-{self.subcommand}"
+        parent = Path(config.trainer.default_root_dir or ".") / "runs" / self.recipe / name
+        folder, again = parent / stamp, 2
+        while folder.exists():
+            folder, again = parent / f"{stamp}-{again}", again + 1
+        return folder
+
+    def default_callbacks(self, *, has_logger: bool) -> list[Callback]:
+        """Best and last checkpoint, learning rates, bar; the CSV of predictions."""
+        config = self.config[self.subcommand].trainer
+        own: list[Callback] = []
+        if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
+            monitor, mode = self.model.monitor  # type: ignore[misc]
+            own.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best", save_last=True))
+        if self.subcommand == "fit" and has_logger:
+            own.append(LearningRateMonitor("step"))
+        if self.subcommand == "predict":
+            own.append(callbacks.PredictionWriter())
+        if config.enable_progress_bar is not False:
+            own.append(RichProgressBar())
+        return own
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.building = False
+        if not self.plan:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint if asked to; show what was done."""
+        tested = None
+        if self.config[self.subcommand].test:
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            tested = self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False
+            )
+        print_summary(self, tested=tested[0] if tested else None)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            kwargs["verbose"] = False  # the summary shows the figures
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # they go to the CSV; in memory they would grow without bound
+        return kwargs
+
+    def after_validate(self) -> None:
+        """Show the figures."""
+        print_summary(self)
+
+    after_test = after_predict = after_validate
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; the parts that only name an object's class disappear."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        path = prefix if key in ("init_args", "dict_kwargs") else f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            flat |= flatten(value, path)
+        else:
+            flat[path] = value
+    return flat
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds a pickle of more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
+    return content
+
+
+def with_config_of_checkpoint(args: list[str]) -> list[str]:
+    """Where only a checkpoint is given, its run's config goes in front of the other arguments."""
+    if any(a in ("-c", "--config") or a.startswith("--config=") for a in args):
+        return args
+    for position, word in enumerate(args):
+        path = word.removeprefix("--ckpt_path=") if "=" in word else args[position + 1 : position + 2]
+        if word.split("=")[0] == "--ckpt_path" and path:
+            run = run_of_checkpoint(path if isinstance(path, str) else path[0])
+            if run:
+                log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
+                return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
+    return args
+
+
+def run_of_checkpoint(path: str | None) -> Path | None:
+    """The folder of the run that wrote a checkpoint, if the checkpoint still lies in it."""
+    folder = Path(path).parent.parent if path else None
+    return folder if folder and (folder / "config.yaml").is_file() else None
+
+
+def keep_metrics(folder: Path) -> None:
+    """Put the metrics of a run that is resumed aside: Lightning's CSV logger would delete them."""
+    metrics = folder / "metrics.csv"
+    if metrics.is_file() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        earlier = len(list(folder.glob("metrics.part*.csv")))
+        metrics.rename(folder / f"metrics.part{earlier + 1}.csv")
+
+
+def bf16_is_native(accelerator: Any = "auto") -> bool:
+    """Whether the device multiplies bf16 in hardware: only there is it faster than fp32.
+
+    On processors without it, bf16 takes twice the time of fp32 (benchmarks/results).
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if accelerator not in ("auto", "cpu"):
+        return False
+    if accelerator == "auto" and torch.backends.mps.is_available():
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+
+
+def nameable() -> list[type]:
+    """Classes of this collection that a config can name."""
+    modules = (callbacks, datamodules, schedules)
+    found = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return [kind for kind in found if kind not in (schedules.Schedule, schedules.Decay)] + [MuonWithAdamW]
+
+
+def check_siblings() -> None:
+    """A folder called `callbacks` or `datamodules` where the command is typed must not stand in for ours."""
+    home = Path(__file__).resolve().parents[1]
+    for package in (callbacks, datamodules):
+        found = Path(package.__file__ or next(iter(package.__path__))).resolve()
+        if home not in found.parents:
+            names.stop(
+                f"the folder {found.parent} hides this collection's own {package.__name__!r} package.\n"
+                f"Run `python -P -m recipes...` (Python 3.11 and later), or type the command in another folder."
+            )
+
+
+def quieten() -> None:
+    """Silence what Lightning says about choices that are made on purpose here."""
+    for pattern in (
+        ".*does not have many workers.*",  # none are needed for pictures in memory
+        ".*You have overridden `on_after_batch_transfer`.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # frozen blocks are
+        ".*Experiment logs directory .* exists and is not empty.*",  # a resumed run's is; see keep_metrics
+        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs none
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def speak() -> None:
+    """Let this collection say on the screen, once, what it does: `log.info` in its modules."""
+    for package in ("recipes", "callbacks", "datamodules", "__main__"):
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)  # type: ignore[attr-defined]
+        if not logger.handlers:
+            screen = Console(stderr=True, soft_wrap=True)
+            logger.addHandler(RichHandler(console=screen, show_time=False, show_level=False, show_path=False))

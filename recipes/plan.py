@@ -1,0 +1,96 @@
+"""What a config will do, without data or training: groups, rates and steps; refuses what cannot work."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .names import stop
+from .parts.optim import build_optimizer, describe
+from .parts.schedules import Plateau
+
+ASSUMED_SAMPLES = 10_000
+
+
+def plan(main: Callable[..., Any], args: list[str], samples: int | None = None) -> None:
+    """Print the plan of a config.
+
+    Args:
+        main: The recipe's `main`.
+        args: Command line after the subcommand: `--config` and overrides.
+        samples: Training samples, where the data is not at hand.
+    """
+    cli = main(["fit", *args], plan=True)
+    try:
+        show_plan(cli, samples)
+    except (ValueError, TypeError) as error:
+        stop(str(error))
+
+
+def show_plan(cli: Any, samples: int | None) -> None:
+    """Print steps and groups of a command line that was built but not run."""
+    console, trainer, model, data = Console(width=max(Console().width, 160)), cli.trainer, cli.model, cli.datamodule
+    found, note = training_samples(data) if samples is None else (samples, "given")
+    batch = data.batch_size
+    if found < batch:
+        raise ValueError(f"{found} training samples don't fill one batch: set data.batch_size below {batch}")
+    per_epoch = found // batch // trainer.world_size if isinstance(trainer.world_size, int) else found // batch
+    steps_per_epoch = math.ceil(per_epoch / trainer.accumulate_grad_batches)
+    total = trainer.max_steps if trainer.max_steps > 0 else steps_per_epoch * trainer.max_epochs
+    console.print(
+        f"{found} training samples ({note}), batches of {batch}: {steps_per_epoch} optimiser steps per epoch, "
+        f"{total} in all",
+        highlight=False,
+    )
+    optimizer = build_optimizer(model.optimizer, model.param_groups())
+    rows = describe(optimizer)
+    if not any(row.trainable for row in rows):
+        raise ValueError("no parameter trains: raise model.train_blocks")
+    if isinstance(optimizer, torch.optim.LBFGS) and trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            "L-BFGS evaluates its closure several times a step: it needs trainer.accumulate_grad_batches=1"
+        )
+    schedule = model.schedule(optimizer, total)
+    turns = {0: "start"}
+    for name, step in schedule.turning_points().items():
+        if 0 < step < total - 1:
+            turns[step] = f"{turns[step]}, {name}" if step in turns else name
+    turns[total - 1] = "end"
+    table = Table("group", "tensors", "parameters", "weight decay", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+    for step, name in sorted(turns.items()):
+        table.add_column(f"{name}\nstep {step}", justify="right")
+    for row, group, base in zip(rows, optimizer.param_groups, schedule.base_lrs, strict=True):
+        rates = [f"{base * schedule.factor(step):.3g}" if row.trainable else "frozen" for step in sorted(turns)]
+        decay = group.get("weight_decay")
+        table.add_row(
+            row.name,
+            str(row.tensors),
+            f"{row.parameters:,}",
+            f"{decay:g}" if decay is not None else "-",
+            *rates,
+        )
+    console.print(table)
+    if isinstance(schedule, Plateau):
+        console.print(f"and a factor of {schedule.drop:g} whenever {schedule.monitor} stops improving")
+
+
+def training_samples(data: Any) -> tuple[int, str]:
+    """Number of training samples, and how it is known: from the data at hand, the data set, or a guess."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data.setup("fit")
+        return sum(data.class_counts), "counted"
+    except (FileNotFoundError, RuntimeError):
+        expected = getattr(data, "expected_samples", None)
+        return (expected, "expected") if expected else (ASSUMED_SAMPLES, "assumed; --samples N says how many")

@@ -1,0 +1,85 @@
+"""The screen at the end of a run: what was trained on what, how good it is, where it lies, what to type next."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from .cli import RecipeCLI
+
+
+def print_summary(cli: RecipeCLI, tested: Mapping[str, float] | None = None) -> None:
+    """Print the summary on the first rank.
+
+    Args:
+        cli: The finished command line.
+        tested: Test metrics of the best checkpoint, where `fit --test` computed them.
+    """
+    log_dir = cli.trainer.log_dir  # all ranks take part in finding it out
+    if not cli.trainer.is_global_zero or getattr(cli.trainer, "fast_dev_run", False):
+        return
+    console = Console()
+    console.rule(f"{cli.recipe} {cli.subcommand}")
+    for name, text in summary_rows(cli, tested, log_dir):
+        console.print(f"[bold]{name:10}[/bold]  ", escape(text), sep="", soft_wrap=True, highlight=False)
+
+
+def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None, log_dir: str | None) -> list[tuple[str, str]]:
+    """The rows, as plain text."""
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    rows = [("data", describe_data(data)), ("model", describe_model(model))]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cli.subcommand == "fit" else ""
+    if cli.subcommand == "fit":
+        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        if score is not None:
+            steps = f"{trainer.current_epoch} epochs, {trainer.global_step} optimiser steps"
+            rows.append(("best", f"{model.monitor[0]} {float(score):.4f}, of {steps}"))
+    figures = tested if tested is not None else metrics if cli.subcommand in ("validate", "test") else {}
+    if figures:
+        rows.append((next(iter(figures)).split("/")[0], describe_metrics(figures)))
+        worst = sorted((v, k.split("/")[-1]) for k, v in figures.items() if "accuracy_of/" in k)[:3]
+        if worst:
+            rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
+    rows.append(("time", f"{time.time() - cli.started:.0f} s, precision {trainer.precision}"))
+    if log_dir:
+        rows.append(("folder", short(log_dir)))
+    if best:
+        rows.append(("checkpoint", short(best)))
+        rows.append(("next", f"python -m recipes.{cli.recipe} predict --ckpt_path {rows[-1][1]}"))
+    return rows
+
+
+def short(path: str) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
+def describe_data(data: Any) -> str:
+    """Data module, classes and pictures per split."""
+    splits = getattr(data, "splits", {})
+    counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
+    text = f"{type(data).__name__}, {data.num_classes} classes; {counts}"
+    skipped = len(getattr(data, "skipped", ()))
+    return f"{text}; {skipped} unreadable pictures skipped" if skipped else text
+
+
+def describe_model(model: Any) -> str:
+    """Backbone and the trainable share of its parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = model.hparams.get("backbone", type(model).__name__)
+    return f"{name}, {total / 1e6:.2f} M parameters, {trainable / total:.1%} of them trainable"
+
+
+def describe_metrics(figures: Mapping[str, float]) -> str:
+    """Metrics without those of single classes."""
+    chosen = {k.split("/", 1)[1]: v for k, v in figures.items() if "/" in k and "accuracy_of/" not in k}
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(chosen.items()))

@@ -1,0 +1,381 @@
+"""Fine-tune an image classifier.
+
+    python -m recipes.vision fit --test --config vision/quickstart
+
+The model, the loss, the step and the optimiser, top to bottom. The data module delivers pictures in [0, 1];
+the model normalises them for its backbone, so the two can't disagree.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from . import __version__, names
+
+if __name__ == "__main__":
+    names.start("vision", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .cli import RecipeCLI
+from .parts.backbones import backbone_facts, build_backbone
+from .parts.features import extract, fingerprint
+from .parts.heads import HeadInit, HeadKind, build_head
+from .parts.losses import LossKind, balanced_weights, classification_loss
+from .parts.metrics import classification_metrics, per_class_accuracy
+from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
+from .parts.schedules import Cosine, Plateau
+from .parts.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class VisionClassifier(LightningModule):
+    """A pretrained backbone with a new head.
+
+    Args:
+        num_classes: Classes.
+        backbone: Its name; `python -m recipes ls backbones` lists them, `timm/<name>` takes any of timm's.
+        weights: Where the backbone's weights come from: a name of torchvision's such as `IMAGENET1K_V2` or
+            `DEFAULT` (downloaded once), a `.safetensors` or `.pt` file, a file shipped with this package, or
+            nothing.
+        image_size: Side in pixels of the pictures; the backbone's own if not given.
+        small_stem: For ResNets on pictures of 64 px and less: a 3 x 3 stem without max-pooling.
+        head: `linear`, `mlp` or `cosine`.
+        head_hidden: Width of the hidden layer of `mlp`.
+        head_dropout: Probability of dropping a feature before each linear layer of the head.
+        head_init: How the head starts: default, kaiming, xavier, normal or zeros.
+        train_blocks: How many of the backbone's last blocks train: all if not given, 0 for feature extraction.
+            Frozen blocks stay in evaluation mode: their BatchNorm keeps its statistics.
+        reinit_blocks: How many of the backbone's last blocks start from fresh weights (Zhang et al. 2021,
+            https://arxiv.org/abs/2006.05987).
+        loss: `cross_entropy` or `focal`.
+        label_smoothing: Probability spread evenly over the classes.
+        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        focal_gamma: Exponent of the focal loss.
+        aux_weight: Weight of the loss at the auxiliary heads of Inception v3 and GoogLeNet, 0.4 and 0.3 in their
+            papers; 0 leaves them out.
+        optimizer: Called with the parameter groups, e.g. `functools.partial(torch.optim.AdamW, lr=1e-3)`.
+        schedule: Called with the optimiser and the total number of optimiser steps.
+        layer_decay: Factor on the learning rate from each block to the one before it; 1 for one rate.
+        lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a
+            parameter's name counts.
+        compile_backbone: Whether to torch.compile the backbone.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_weights: Tensor | None
+    monitor = ("val/accuracy", "max")  # what the best checkpoint is best in
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        weights: str | None = None,
+        image_size: int | None = None,
+        small_stem: bool = False,
+        head: HeadKind = "linear",
+        head_hidden: int = 512,
+        head_dropout: float = 0.0,
+        head_init: HeadInit = "default",
+        train_blocks: int | None = None,
+        reinit_blocks: int = 0,
+        loss: LossKind = "cross_entropy",
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        focal_gamma: float = 2.0,
+        aux_weight: float = 0.0,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
+        schedule: Callable[[Optimizer, int], LRScheduler] = Cosine,
+        layer_decay: float = 1.0,
+        lr_multipliers: dict[str, float] | None = None,
+        compile_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
+            if callable(self.hparams[name]):
+                del self.hparams[name]
+        build = functools.partial(
+            build_backbone, backbone, image_size=image_size, small_stem=small_stem, aux=aux_weight > 0
+        )
+        self.backbone = build()
+        if weights is not None:
+            log.info("%s", load_weights(self.backbone, weights))
+        if reinit_blocks:
+            self._reinitialise(build(), reinit_blocks)
+        new_head = functools.partial(
+            build_head, head, hidden=head_hidden, dropout=head_dropout, init=head_init, num_classes=num_classes
+        )
+        self.head = new_head(width=self.backbone.width)
+        self.aux_heads = nn.ModuleList(new_head(width=width) for width in self.backbone.aux_widths)
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
+        if isinstance(class_weights, list) and len(class_weights) != num_classes:
+            raise ValueError(
+                f"model.class_weights needs {num_classes} numbers, one per class, not {len(class_weights)}"
+            )
+        fixed = torch.tensor(class_weights) if isinstance(class_weights, list) else None
+        self.register_buffer("class_weights", fixed, persistent=False)
+        self.balanced = class_weights == "balanced"
+        self.loss = functools.partial(
+            classification_loss, kind=loss, label_smoothing=label_smoothing, gamma=focal_gamma
+        )
+        self.aux_weight, self.optimizer, self.schedule = aux_weight, optimizer, schedule
+        self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
+        self.frozen = self._freeze(train_blocks)
+        self.metrics = nn.ModuleDict(
+            {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
+        )
+        self.per_class = per_class_accuracy(num_classes)
+        self.to(memory_format=torch.channels_last)  # faster convolutions, on processors and GPUs alike
+        if compile_backbone:
+            self.backbone.compile()
+
+    def layer_groups(self) -> dict[str, list[str]]:
+        """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
+        groups = {name: [f"backbone.{path}" for path in paths] for name, paths in self.backbone.blocks.items()}
+        return groups | {"head": ["head", *(["aux_heads"] if len(self.aux_heads) else [])]}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The blocks' parameters, each with its rate's scale, norms and biases without weight decay."""
+        return param_groups(
+            self,
+            self.layer_groups(),
+            weight_decay=None,  # the optimiser's own
+            layer_decay=self.layer_decay,
+            lr_multipliers=self.lr_multipliers,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1], `(batch, 3, height, width)`, to logits `(batch, num_classes)`."""
+        return self.head(self.backbone(self.normalise(images)))  # type: ignore[no-any-return]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Subtract the backbone's mean and divide by its standard deviation; channels last."""
+        normal = (images - self.mean) / self.std
+        return normal.contiguous(memory_format=torch.channels_last)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of a batch of pictures, or of features that the backbone gave before."""
+        if "features" in batch:
+            return self.head(batch["features"])  # type: ignore[no-any-return]
+        return self(batch["image"])  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        target = batch["target"] if "target" in batch else batch["label"]
+        if len(self.aux_heads) and "features" not in batch:
+            features, aux = self.backbone.forward_aux(self.normalise(batch["image"]))
+            logits = self.head(features)
+            extra = [head(f) for head, f in zip(self.aux_heads, aux, strict=True)]
+        else:
+            logits, extra = self.logits(batch), []
+        loss = self.loss(logits, target, weight=self.class_weights)
+        for aux_logits in extra:
+            loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
+        hits = (logits.detach().argmax(1) == batch["label"]).float().mean()
+        size = len(logits)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        epoch = {"train/loss_epoch": loss.detach(), "train/accuracy": hits}
+        self.log_dict(epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.per_class.update(self._evaluate(batch, "test"), batch["label"])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Index, most probable class and its probability of each picture, each `(batch,)`."""
+        probability, label = self.logits(batch).float().softmax(1).max(1)
+        return {"index": batch["index"], "label": label, "probability": probability}
+
+    def _evaluate(self, batch: Batch, split: str) -> Tensor:
+        logits = self.logits(batch)
+        kept = int((batch["label"] >= 0).sum())
+        loss = self.loss(logits, batch["label"], weight=self.class_weights)
+        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=max(kept, 1), sync_dist=True)
+        metrics = self.metrics[split]
+        metrics.update(logits, batch["label"])  # type: ignore[operator]
+        self.log_dict(metrics, prog_bar=split == "val", batch_size=max(kept, 1))  # type: ignore[arg-type]
+        return logits
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy of each class by its name."""
+        class_names = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        for label, share in enumerate(self.per_class.compute().tolist()):
+            name = class_names[label] if class_names else label
+            self.log(f"test/accuracy_of/{name}", share, sync_dist=True)
+        self.per_class.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Every parameter in one named group, a schedule per optimiser step."""
+        optimizer = build_optimizer(self.optimizer, self.param_groups())
+        log.info("%s", table(describe(optimizer)))
+        schedule = self.schedule(optimizer, self.trainer.estimated_stepping_batches)  # type: ignore[arg-type]
+        self._configured = snapshot(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a resume, what is configured now counts, not what the checkpoint had."""
+        optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
+        scheduled = getattr(schedule, "writes", ("lr",))
+        for difference in reassert(optimizer, self._configured, scheduled):
+            log.warning("resume: %s", difference)
+
+    def on_validation_end(self) -> None:
+        """A plateau schedule hears of its metric, equal on all ranks, once per validation."""
+        schedule = self.lr_schedulers() if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking else None
+        if isinstance(schedule, Plateau):
+            if schedule.monitor not in self.trainer.callback_metrics:
+                known = ", ".join(sorted(self.trainer.callback_metrics))
+                raise ValueError(f"schedule.monitor {schedule.monitor!r} is not logged; there are {known}")
+            schedule.observe(self.trainer.callback_metrics[schedule.monitor])
+
+    def setup(self, stage: str) -> None:
+        """Balanced class weights need the training counts of the data module."""
+        if self.balanced and stage == "fit":
+            counts = self.trainer.datamodule.class_counts  # type: ignore[attr-defined]
+            self.class_weights = balanced_weights(counts).to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is needed to use the checkpoint without the code that trained it."""
+        checkpoint["recipe"] = {
+            "name": "vision",
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+            "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
+        }
+
+    def train(self, mode: bool = True) -> VisionClassifier:
+        """Training mode for all but the frozen blocks."""
+        super().train(mode)
+        for module in getattr(self, "frozen", ()):
+            module.eval()
+        return self
+
+    def _freeze(self, train_blocks: int | None) -> list[nn.Module]:
+        blocks = list(self.backbone.blocks.items())
+        if train_blocks is None:
+            return []
+        if not 0 <= train_blocks <= len(blocks):
+            raise ValueError(f"model.train_blocks must be 0 to {len(blocks)} for this backbone, not {train_blocks}")
+        modules = []
+        for _, paths in blocks[: len(blocks) - train_blocks]:
+            for part in map(functools.partial(_find, self.backbone), paths):
+                part.requires_grad_(False)
+                if isinstance(part, nn.Module):
+                    modules.append(part.eval())
+        return modules
+
+    def _reinitialise(self, fresh: nn.Module, last: int) -> None:
+        blocks = list(self.backbone.blocks.values())
+        if not 0 < last <= len(blocks):
+            raise ValueError(f"model.reinit_blocks must be 0 to {len(blocks)} for this backbone, not {last}")
+        prefixes = tuple(f"{path}" for paths in blocks[-last:] for path in paths)
+        start = fresh.state_dict()
+        chosen = {k: v for k, v in start.items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
+        self.backbone.load_state_dict(chosen, strict=False)
+
+
+def _find(module: nn.Module, path: str) -> nn.Module | nn.Parameter:
+    return functools.reduce(getattr, path.split("."), module)  # type: ignore[arg-type, return-value]
+
+
+class VisionCLI(RecipeCLI):
+    """The command line of this recipe: pictures get the backbone's size; a frozen backbone's features, a file."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As in all recipes, and `--feature_views`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--feature_views",
+            type=int,
+            default=0,
+            help="With a frozen backbone, compute its features once, of so many augmented views, and train on them.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in the picture's size where neither the data nor the model says one."""
+        super().before_instantiate_classes()
+        config = self.config[self.subcommand]
+        facts = backbone_facts(config.model.backbone)
+        given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
+        config.model.image_size = size = next(value for value in given if value is not None)
+        if size < facts.min_size:
+            raise ValueError(
+                f"{config.model.backbone} needs pictures of at least {facts.min_size} px; model.image_size is {size}"
+            )
+        if "image_size" in config.data.init_args:
+            config.data.init_args.image_size = size
+
+    def before_fit(self) -> None:
+        """Compute the features of a frozen backbone, if asked to."""
+        config = self.config[self.subcommand]
+        if config.feature_views:
+            folder = Path(config.trainer.default_root_dir or ".") / "runs" / "features"
+            precompute(self.model, self.datamodule, config.feature_views, folder)  # type: ignore[arg-type]
+
+
+def precompute(model: VisionClassifier, data: Any, views: int, folder: Path) -> None:
+    """Let a data module serve the backbone's features in place of its pictures.
+
+    Args:
+        model: Its whole backbone is frozen.
+        data: An image data module; `data.features` is filled for each of its splits.
+        views: Augmented views of each training picture; one, without augmentation, says all.
+        folder: Where the features lie, each split's in a file named by a hash of all that it depends on.
+
+    Raises:
+        ValueError: The backbone trains, or pictures are mixed: features would be wrong after a step.
+    """
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        raise ValueError("feature_views needs a frozen backbone: set model.train_blocks to 0")
+    if data.mixup or data.cutmix:
+        raise ValueError("feature_views can't mix pictures: set data.mixup and data.cutmix to 0")
+    data.prepare_data()
+    data.setup("fit")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    for split, pictures in data.splits.items():
+        augmented = split == "train" and data.augment != "none"
+        chosen: list[int | None] = list(range(views)) if augmented else [None]
+        facts = (data.augment if augmented else "none", chosen, data.seed, data.image_size, data.fingerprint(split))
+        data.features[split] = extract(
+            lambda images: model.backbone(model.normalise(images)),
+            [batches_of(data, split, view, device) for view in chosen],
+            len(pictures.labels),
+            folder / f"{fingerprint(model.backbone, *facts)}.f32",
+        )
+    model.train()
+
+
+def batches_of(data: Any, split: str, view: int | None, device: torch.device) -> Iterator[Batch]:
+    """Every picture of a split once, as in evaluation or as augmented in epoch `view`, on a device."""
+    for batch in data.view_dataloader(split, view):
+        yield data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
+
+
+def main(args: ArgsType = None, *, plan: bool = False) -> VisionCLI:
+    """Run the command line, or only build it to `plan`; returns it with its `trainer`, `model` and `datamodule`."""
+    return VisionCLI(VisionClassifier, args, plan=plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from recipes.parts.losses import balanced_weights, classification_loss
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(12, 5), torch.randint(0, 5, (12,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_is_torchs(batch: tuple[torch.Tensor, torch.Tensor], smoothing: float, weighted: bool) -> None:
+    logits, labels = batch
+    labels[3] = -100
+    weight = torch.rand(5) + 0.5 if weighted else None
+    ours = classification_loss(logits, labels, weight=weight, label_smoothing=smoothing)
+    assert torch.allclose(ours, F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing))
+
+
+def test_probabilities_of_one_are_labels(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    soft = F.one_hot(labels, 5).float()
+    for options in ({}, {"label_smoothing": 0.1}, {"kind": "focal"}, {"weight": torch.rand(5)}):
+        assert torch.allclose(
+            classification_loss(logits, soft, **options),  # type: ignore[arg-type]
+            classification_loss(logits, labels, **options),  # type: ignore[arg-type]
+        )
+    mixed = 0.3 * soft + 0.7 * soft.flip(0)
+    assert torch.allclose(classification_loss(logits, mixed), F.cross_entropy(logits, mixed))
+
+
+def test_focal_loss_is_the_papers(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    p = logits.softmax(1)[range(12), labels]
+    assert torch.allclose(
+        classification_loss(logits, labels, kind="focal", gamma=2.0), (-((1 - p) ** 2) * p.log()).mean()
+    )
+    assert torch.allclose(classification_loss(logits, labels, kind="focal", gamma=0.0), F.cross_entropy(logits, labels))
+
+
+def test_a_batch_without_labels_costs_nothing(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert classification_loss(batch[0], torch.full((12,), -100)) == 0
+
+
+def test_half_precision_is_summed_in_full(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = batch
+    assert classification_loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_balanced_weights_give_each_class_the_same_say() -> None:
+    counts = [10, 30, 60]
+    weight = balanced_weights(counts)
+    assert torch.allclose(weight * torch.tensor(counts), torch.full((3,), 100 / 3))
+    with pytest.raises(ValueError, match="none of class 1"):
+        balanced_weights([3, 0])

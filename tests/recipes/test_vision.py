@@ -1,0 +1,249 @@
+"""The recipe under resume, two ranks, mixed precision, clipping and cached features, on the quickstart's data."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from recipes.vision import VisionClassifier, VisionCLI, main
+
+from ..conftest import write_folder
+
+QUICK = [
+    *("fit", "--config", "vision/quickstart", "--trainer.enable_progress_bar=false"),
+    *("--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"),
+]
+
+
+def weights(cli: VisionCLI) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in cli.model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_quickstart_learns_the_other_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    cli = main([*QUICK, "--test"])
+    assert cli.trainer.callback_metrics["test/accuracy"] >= 0.97
+    folder = Path(cli.trainer.log_dir or "")
+    assert folder.parent.as_posix().endswith("runs/vision/quickstart")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= found
+    assert any("tfevents" in name for name in found)
+    screen = capsys.readouterr().out
+    for word in (
+        "Digits, 5 classes",
+        "resnet8",
+        "trainable",
+        "best",
+        "accuracy 0.9",
+        "best.ckpt",
+        "predict --ckpt_path",
+    ):
+        assert word in screen
+    assert len(screen.splitlines()) <= 24, "the summary fits on one screen"
+
+
+def test_the_saved_config_gives_the_same_run_again() -> None:
+    short = ["--trainer.max_epochs=2"]
+    first = main([*QUICK, *short])
+    config = Path(first.trainer.log_dir or "") / "config.yaml"
+    assert yaml.safe_load(config.read_text())["model"]["backbone"] == "resnet8"
+    again = main(["fit", "--config", str(config)])
+    assert same(weights(first), weights(again))
+    assert Path(again.trainer.log_dir or "").parent == Path(first.trainer.log_dir or "").parent
+
+
+def test_a_resumed_run_is_the_uninterrupted_one() -> None:
+    options = ["--trainer.max_epochs=4", "--data.augment=strong", "--model.head_dropout=0"]
+    whole = main([*QUICK, *options])
+    half = main([*QUICK, *options, "--trainer.callbacks+=tests.spies.StopAfterEpoch", "--trainer.callbacks.epoch=1"])
+    assert half.trainer.current_epoch == 2
+    last = str(Path(half.trainer.log_dir or "") / "checkpoints" / "last.ckpt")
+    resumed = main(["fit", "--ckpt_path", last, "--trainer.callbacks=null"])  # the config is found beside it
+    assert resumed.trainer.current_epoch == 4
+    assert same(weights(whole), weights(resumed))
+    moments = [cli.trainer.optimizers[0].state_dict()["state"] for cli in (whole, resumed)]
+    assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
+
+
+def test_what_is_configured_now_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--trainer.max_epochs=1", "--model.schedule=Constant"]
+    first = main([*QUICK, *options])
+    last = str(Path(first.trainer.log_dir or "") / "checkpoints" / "last.ckpt")
+    changed = ["--model.optimizer.lr=0.002", "--model.optimizer.weight_decay=0.3", "--trainer.max_epochs=2"]
+    resumed = main(["fit", "--ckpt_path", last, *changed, "--trainer.callbacks+=tests.spies.Record"])
+    assert "model.optimizer.lr was 0.01 in the checkpoint and is 0.002 now" in caplog.text
+    record = next(c for c in resumed.trainer.callbacks if type(c).__name__ == "Record")  # type: ignore[attr-defined]
+    groups = resumed.trainer.optimizers[0].param_groups
+    assert max(group["lr"] for group in groups) == pytest.approx(0.002)
+    assert max(max(rates) for rates in record.rates) == pytest.approx(0.002)  # type: ignore[attr-defined]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+
+
+@pytest.fixture
+def gradients() -> Iterator[list[torch.Tensor]]:
+    """The gradient, flattened, that each optimiser step used."""
+    seen: list[torch.Tensor] = []
+
+    def look(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(torch.cat([p.grad.flatten() for p in params]))
+
+    handle = register_optimizer_step_post_hook(look)
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_from_the_command_line_acts(algorithm: str, gradients: list[torch.Tensor]) -> None:
+    options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
+    main([*QUICK, *options, f"--trainer.gradient_clip_algorithm={algorithm}", "--trainer.gradient_clip_val=0.01"])
+    for gradient in gradients:
+        size = gradient.norm() if algorithm == "norm" else gradient.abs().max()
+        assert size <= 0.01 * 1.001
+    gradients.clear()
+    main([*QUICK, *options, "--trainer.gradient_clip_val=null"])
+    assert min(float(gradient.norm()) for gradient in gradients) > 0.01
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_precision_from_the_command_line_acts(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    forward = nn.Linear.forward
+
+    def look(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(nn.Linear, "forward", look)
+    cli = main(
+        [*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=3", f"--trainer.precision={precision}"]
+    )
+    assert seen == {dtype}
+    assert all(p.dtype == torch.float32 for p in cli.model.parameters()), "master weights stay fp32"
+
+
+def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
+    options = ["--trainer.max_epochs=2", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.eval_batch_size=16"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "recipes.vision", *QUICK, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (own_folder / "runs" / "vision" / "quickstart").iterdir()
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/accuracy"]]
+    last = folder / "checkpoints" / "last.ckpt"
+    alone = main(["validate", "--ckpt_path", str(last), "--trainer.strategy=auto", "--trainer.devices=1"])
+    metrics = alone.trainer.callback_metrics
+    assert float(rows[-1]["val/accuracy"]) == pytest.approx(float(metrics["val/accuracy"]), abs=1e-6)
+    assert float(rows[-1]["val/loss"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-4)
+
+
+def test_predictions_of_a_folder(own_folder: Path) -> None:
+    root = write_folder(own_folder / "pictures", each=6)
+    options = ["--trainer.max_epochs=1", "--model.weights=null", "--model.image_size=32", "--data.batch_size=4"]
+    fit = main([*QUICK, *options, "--data=ImageFolder", f"--data.root={root}", "--test"])
+    best = str(Path(fit.trainer.log_dir or "") / "checkpoints" / "best.ckpt")
+    predict = main(["predict", "--ckpt_path", best])
+    with (Path(predict.trainer.log_dir or "") / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == sorted(str(path) for path in root.glob("val/*/*.jpg"))
+    assert {row["label"] for row in rows} <= {"class_0", "class_1", "class_2"}
+    accuracy = sum(row["label"] == Path(row["name"]).parent.name for row in rows) / len(rows)
+    assert accuracy == pytest.approx(float(fit.trainer.callback_metrics["test/accuracy"]), abs=1e-6)
+    assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_frozen_backbone_does_not_change() -> None:
+    cli = main([*QUICK, "--trainer.max_epochs=1", "--model.train_blocks=1", "--model.optimizer.weight_decay=0.5"])
+    fresh = VisionClassifier(5, backbone="resnet8", weights="digits_0_4_resnet8", image_size=8, train_blocks=1)
+    before, after = fresh.backbone.state_dict(), cli.model.backbone.state_dict()  # type: ignore[union-attr]
+    last = tuple(fresh.backbone.blocks[list(fresh.backbone.blocks)[-1]])
+    for name, value in before.items():
+        changed = not torch.equal(value, after[name])
+        assert changed == name.startswith(last), name
+
+
+@pytest.mark.parametrize("augment", ["none", "standard"])
+def test_features_computed_once_train_the_same_head(augment: str) -> None:
+    options = ["--trainer.max_epochs=3", "--model.train_blocks=0", f"--data.augment={augment}", "--test"]
+    recomputed = main([*QUICK, *options])
+    stored = main([*QUICK, *options, "--feature_views=3"])
+    for key in ("test/accuracy", "test/loss", "test/f1", *(f"test/accuracy_of/{digit}" for digit in range(5, 10))):
+        expected = float(recomputed.trainer.callback_metrics[key])
+        assert float(stored.trainer.callback_metrics[key]) == pytest.approx(expected, abs=1e-5), key
+    files = sorted(Path("runs/features").glob("*.f32"))
+    times = [path.stat().st_mtime_ns for path in files]
+    main([*QUICK, *options, "--feature_views=3"])
+    assert [path.stat().st_mtime_ns for path in sorted(Path("runs/features").glob("*.f32"))] == times, "used again"
+    main([*QUICK, *options, "--feature_views=3", "--data.seed=1"])
+    assert len(list(Path("runs/features").glob("*.f32"))) > len(files), "another split has other features"
+
+
+def test_lbfgs_goes_to_the_optimum_of_a_probe() -> None:
+    cli = main(
+        [
+            *(*QUICK, "--model.train_blocks=0", "--feature_views=1", "--data.augment=none", "--data.batch_size=573"),
+            *("--model.optimizer=torch.optim.LBFGS", "--model.optimizer.max_iter=100", "--model.optimizer.lr=1"),
+            *("--model.optimizer.line_search_fn=strong_wolfe", "--model.layer_decay=1", "--model.schedule=Constant"),
+            *("--trainer.max_epochs=3", "--trainer.gradient_clip_val=null", "--trainer.log_every_n_steps=1"),
+        ]
+    )
+    assert cli.trainer.callback_metrics["train/loss_epoch"] < 1e-3
+    assert cli.trainer.callback_metrics["val/accuracy"] > 0.9
+
+
+def test_class_weights_balanced_come_from_the_training_counts() -> None:
+    cli = main([*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.class_weights=balanced"])
+    counts = torch.tensor(cli.datamodule.class_counts, dtype=torch.float32)
+    assert torch.allclose(cli.model.class_weights * counts, counts.sum() / 5)  # type: ignore[operator]
+
+
+def test_reinitialised_blocks_are_fresh_and_the_others_pretrained() -> None:
+    options: dict[str, Any] = {"backbone": "resnet8", "weights": "digits_0_4_resnet8", "image_size": 8}
+    pretrained = VisionClassifier(5, **options).backbone.state_dict()
+    model = VisionClassifier(5, reinit_blocks=1, **options)
+    last = tuple(list(model.backbone.blocks.values())[-1])
+    for name, value in model.backbone.state_dict().items():
+        if name.endswith("weight") and value.ndim > 1:
+            assert torch.equal(value, pretrained[name]) != name.startswith(last), name
+
+
+def test_inception_trains_its_auxiliary_head_too() -> None:
+    model = VisionClassifier(3, backbone="inception_v3", aux_weight=0.4)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    batch = {"image": torch.rand(2, 3, 299, 299), "label": torch.tensor([0, 2])}
+    loss = model.training_step(batch, 0)
+    loss.backward()
+    assert all(p.grad is not None for p in model.aux_heads.parameters())
+    assert "aux_heads" in model.layer_groups()["head"]
+    model.eval()
+    assert model(batch["image"]).shape == (2, 3)
+
+
+def test_checkpoints_hold_no_pickles_and_say_what_they_are() -> None:
+    cli = main([*QUICK, "--trainer.max_epochs=1"])
+    best = Path(cli.trainer.log_dir or "") / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    assert content["recipe"]["name"] == "vision" and len(content["recipe"]["mean"]) == 3
+    assert content["Digits"]["class_names"] == ["5", "6", "7", "8", "9"]
+    assert content["Digits"]["image_size"] == 8
+    assert content["hyper_parameters"]["backbone"] == "resnet8"
+    again = VisionClassifier.load_from_checkpoint(best, num_classes=5, weights=None)
+    assert torch.equal(again.head.weight, cli.model.head.weight)  # type: ignore[union-attr, arg-type]

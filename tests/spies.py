@@ -1,0 +1,30 @@
+"""Callbacks that tests name on the command line to see what happened inside a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class StopAfterEpoch(Callback):
+    """Ends the run as if it were interrupted at the end of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.should_stop = True
+
+
+class Record(Callback):
+    """Keeps every training batch's indices and the learning rates of each step."""
+
+    def __init__(self) -> None:
+        self.indices: list[list[int]] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.indices.append(batch["index"].tolist())
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
