@@ -36,7 +36,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
         folder = trainer.log_dir or trainer.default_root_dir
-        self.target = self.path or Path(folder) / "predictions.csv"
+        self.target = Path(trainer.strategy.broadcast(str(self.path or Path(folder) / "predictions.csv")))
         self.target.parent.mkdir(parents=True, exist_ok=True)
         data: Any = getattr(trainer, "datamodule", None)
         self.names = data.sample_names("predict") if hasattr(data, "sample_names") else str
@@ -82,7 +82,11 @@ def merge_parts(parts: Sequence[Path], target: Path) -> None:
         with target.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
             rows.writerow(["name", "label", "probability"])
-            rows.writerows(row for _, row in merged)
+            last = -1
+            for index, row in merged:
+                if index > last:  # with fewer samples than ranks, two parts begin with the same one
+                    rows.writerow(row)
+                    last = index
     finally:
         for file in files:
             file.close()

@@ -6,12 +6,15 @@ torch's loader calls `__getitems__` with the draws of a batch, where it exists, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
 
 from .augment import DRAWS
 from .pictures import Pictures
@@ -21,18 +24,30 @@ Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
 Batch: TypeAlias = dict[str, Any]
 
 
+def evaluation_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The middle of a picture, `(size, size)`; the same whether pictures lie in memory or are decoded.
+
+    A large picture's shorter side is brought to size x 8/7 first, as is usual for ImageNet's weights. One that has
+    to be enlarged, and any for a size of at most 96 px, has no border to spare: its shorter side becomes the size.
+    """
+    if picture.size == (size, size):
+        return picture
+    spare = size > 96 and min(picture.size) > size
+    cropped: Image.Image = VF.center_crop(VF.resize(picture, [round(size * 8 / 7) if spare else size]), [size])
+    return cropped
+
+
 def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:
     """Transforms of torchvision from a PIL picture to uint8 `(3, size, size)`.
 
     | strength | training |
     |---|---|
-    | none | as in evaluation: shorter side to size x 8/7, centre crop |
+    | none | as in evaluation: `evaluation_crop` |
     | light | evaluation's crop, mirrored with probability 1/2 |
     | standard | random resized crop, mirrored |
     | strong | standard, TrivialAugment (Müller & Hutter 2021), a rectangle erased in a quarter of them |
     """
-    resize = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
-    steps: list[Any] = list(resize)
+    steps: list[Any] = [v2.Lambda(partial(evaluation_crop, size=size))]
     if train and strength in ("standard", "strong"):
         steps = [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)]
     if train and strength != "none" and flip:

@@ -16,7 +16,11 @@ from .splits import stratified_split
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLITS = {
+    "train": ("train", "training", "train_set", "training_set"),
+    "val": ("val", "valid", "validation", "val_set", "validation_set"),
+    "test": ("test", "testing", "test_set"),
+}
 
 
 class ImageFolder(ImageDataModule):
@@ -54,8 +58,11 @@ class ImageFolder(ImageDataModule):
     def split_folders(self) -> dict[str, Path]:
         """Folder of each split that exists; only `train`, the root itself, where there are no split folders."""
         root = existing_folder(self.root, "one folder of pictures per class, or train/, val/ and test/ of such")
-        found = {split: root / name for split, names in SPLITS.items() for name in names if (root / name).is_dir()}
+        folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
+        found = {split: folders[name] for split, names in SPLITS.items() for name in names if name in folders}
         if "train" not in found:
+            if found:
+                raise ValueError(f"{root} has a folder {next(iter(found.values())).name}/ but none called train/")
             return {"train": root}
         if "val" in found and "test" not in found:
             log.info("%s has no test/: val/ is kept for the test, validation is cut from train/", root)

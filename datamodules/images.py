@@ -28,10 +28,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as VF
 
 from . import augment as batchwise
-from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, sample_transform
+from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
 from .pictures import PictureArray, Pictures, Subset, check_labels
 from .sampling import EpochSampler
 from .splits import limit_per_class, stratified_split
@@ -87,6 +86,7 @@ class ImageDataModule(LightningDataModule):
         self.val_share, self.limit_per_class, self.seed = val_share, limit_per_class, seed
         self.num_workers, self.in_memory, self.on_error = num_workers, in_memory, on_error
         self.splits: dict[str, Pictures] = {}
+        self.cut_rows: dict[str, list[int]] = {}
         self.decoded: dict[str, Tensor] = {}
         self.features: dict[str, Tensor] = {}
         self.skipped: set[str] = set()
@@ -120,7 +120,8 @@ class ImageDataModule(LightningDataModule):
             return
         splits = self.read_splits()
         train = splits["train"]
-        check_labels(train, self.class_names)
+        for pictures in splits.values():
+            check_labels(pictures, self.class_names)
         if "val" not in splits:
             kept, held_out = stratified_split(train.labels, self.val_share, self.seed)
             splits["val"], splits["train"] = Subset(train, held_out), Subset(train, kept)
@@ -129,23 +130,9 @@ class ImageDataModule(LightningDataModule):
             splits["train"] = Subset(train, limit_per_class(train.labels, self.limit_per_class, self.seed))
         splits.setdefault("predict", splits.get("test", splits["val"]))
         self.splits = splits
+        self.cut_rows = rows_of(splits)  # before pictures that cannot be read drop out
         counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
         log.info("data: %s pictures of %d classes", counts, self.num_classes)
-
-    def split_rows(self) -> dict[str, list[int]]:
-        """Which rows of the original training set are in `train` and `val`, where they were cut from it."""
-        rows = {}
-        for name in ("train", "val"):
-            pictures, chain = self.splits[name], []
-            while isinstance(pictures, Subset):
-                chain.append(pictures.rows)
-                pictures = pictures.pictures
-            if chain:
-                index = chain.pop()
-                while chain:
-                    index = index[chain.pop()]
-                rows[name] = index.tolist()
-        return rows
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled and augmented."""
@@ -237,9 +224,7 @@ class ImageDataModule(LightningDataModule):
                     raise
                 self.skipped.add(str(error))
                 continue
-            if picture.size != (size, size):
-                picture = VF.center_crop(VF.resize(picture, [size]), [size])
-            pixels[len(readable)] = torch.from_numpy(np.array(picture))
+            pixels[len(readable)] = torch.from_numpy(np.array(evaluation_crop(picture, size)))
             readable.append(index)
         if len(readable) < len(pixels):
             self.splits[split] = Subset(pictures, torch.tensor(readable, dtype=torch.long))
@@ -269,14 +254,19 @@ class ImageDataModule(LightningDataModule):
             "image_size": self.image_size,
             "seed": self.seed,
             "counts": {name: len(pictures.labels) for name, pictures in self.splits.items()},
-            "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in self.split_rows().items()},
+            "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in self.cut_rows.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the checkpoint's: a new split would validate on training pictures."""
-        if not self.splits or "train" not in state_dict.get("counts", {}):
+        """Refuse other classes than the checkpoint's, and to go on training with another split."""
+        if list(state_dict["class_names"]) != list(self.class_names):
+            raise ValueError(
+                f"the checkpoint's classes are {', '.join(state_dict['class_names'])}; the data's are "
+                f"{', '.join(self.class_names)}: labels would be read as other classes"
+            )
+        if self.trainer is not None and self.trainer.state.fn != "fit":
             return
-        for name, rows in self.split_rows().items():
+        for name, rows in self.cut_rows.items():
             saved = state_dict["split_rows"].get(name)
             if saved is None or saved.tolist() != rows:
                 raise ValueError(
@@ -284,6 +274,22 @@ class ImageDataModule(LightningDataModule):
                     f"{len(rows)} now): same data, data.seed, data.val_share and data.limit_per_class are needed "
                     "to resume"
                 )
+
+
+def rows_of(splits: dict[str, Pictures]) -> dict[str, list[int]]:
+    """Which rows of the original training set are in `train` and `val`, where they were cut from it."""
+    found = {}
+    for name in ("train", "val"):
+        pictures, chain = splits[name], []
+        while isinstance(pictures, Subset):
+            chain.append(pictures.rows)
+            pictures = pictures.pictures
+        if chain:
+            index = chain.pop()
+            while chain:
+                index = index[chain.pop()]
+            found[name] = index.tolist()
+    return found
 
 
 def _cores() -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -122,6 +123,13 @@ def decode(file: Any, name: str) -> Image.Image:
         with Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
+            if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits")
+                return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+            if image.mode == "F":
+                raise ValueError("its values are floating point, of unknown range; convert it to 8 or 16 bits")
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
             return image if image.mode == "RGB" else image.convert("RGB")

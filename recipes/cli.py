@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     RichProgressBar,
 )
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -89,7 +89,7 @@ class RecipeCLI(LightningCLI):
         speak()
         self.plan = plan
         self.recipe = Path(sys.modules[model_class.__module__].__file__ or "recipe").stem
-        self.started = time.time()
+        self.started = started()
         if args is None:
             args = sys.argv[1:]
         if isinstance(args, Sequence):
@@ -103,7 +103,7 @@ class RecipeCLI(LightningCLI):
                 LightningDataModule,
                 subclass_mode_data=True,
                 args=args,
-                save_config_kwargs={"overwrite": True},  # a resumed run's folder has one already
+                save_config_callback=SaveRunConfig,
                 parser_class=RecipeParser,
                 trainer_defaults={"enable_model_summary": False},  # the table of groups and the summary say more
                 auto_configure_optimizers=False,
@@ -160,12 +160,18 @@ class RecipeCLI(LightningCLI):
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
         path = config.get("ckpt_path")
-        if not path or path in ("best", "last", "hpc"):
+        if self.plan or (subcommand == "fit" and not path):
             return
+        if not path:
+            names.stop(
+                f"{subcommand} needs --ckpt_path runs/.../checkpoints/best.ckpt: without it the head is untrained"
+            )
+        if path in ("best", "last", "hpc"):
+            names.stop(f"--ckpt_path {path}: give the file's path, runs/.../checkpoints/{path}.ckpt")
         saved = load_checkpoint(path).get("hyper_parameters", {})
         now = flatten(config.model.as_dict())
         for key, old in flatten({k: v for k, v in saved.items() if not k.startswith("_")}).items():
-            if key in now and now[key] != old:
+            if key in now and plain(now[key]) != plain(old):
                 log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
         if subcommand != "fit" and "weights" in config.model:
             config.model.weights = None  # the checkpoint's weights are about to replace them
@@ -182,8 +188,9 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The run's folder, loggers and callbacks, each unless the config brings its own."""
         config = self._get(self.config_init, "trainer")
+        folder = self.folder = self.run_folder()
+        self.save_config_kwargs = {"folder": folder}
         if config["logger"] is None:
-            folder = self.run_folder()
             where: dict[str, Any] = {"save_dir": folder.parents[1], "name": folder.parent.name, "version": folder.name}
             keep_metrics(folder)
             kwargs["logger"] = [CSVLogger(**where)]
@@ -192,11 +199,13 @@ class RecipeCLI(LightningCLI):
         given: list[Callback] = list(config["callbacks"] or [])
         own = self.default_callbacks(has_logger=config["logger"] is not False)
         has_bar = any(isinstance(other, ProgressBar) for other in given)
+        if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in given):
+            kwargs["enable_checkpointing"] = False
+        taken = {callback.state_key for callback in given}
         kwargs["callbacks"] = given + [
             callback
             for callback in own
-            if not any(isinstance(other, type(callback)) for other in given)
-            and not (has_bar and isinstance(callback, ProgressBar))
+            if callback.state_key not in taken and not (has_bar and isinstance(callback, ProgressBar))
         ]
         return super().instantiate_trainer(**kwargs)
 
@@ -205,7 +214,7 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.subcommand]
         before = run_of_checkpoint(config.get("ckpt_path"))
         if before and self.subcommand == "fit":
-            return before
+            return before.resolve()  # one spelling, or Lightning takes it for another run and forgets the best
         name = Path(str(config.config[0])).stem if config.get("config") else "run"
         if name == "config":  # a finished run's own config: keep the name that run had
             name = Path(str(config.config[0])).absolute().parents[1].name
@@ -214,9 +223,9 @@ class RecipeCLI(LightningCLI):
             stamp += f"-{self.subcommand}"
         parent = Path(config.trainer.default_root_dir or ".") / "runs" / self.recipe / name
         folder, again = parent / stamp, 2
-        while folder.exists():
+        while folder.exists() and "LOCAL_RANK" not in os.environ:
             folder, again = parent / f"{stamp}-{again}", again + 1
-        return folder
+        return folder.resolve()
 
     def default_callbacks(self, *, has_logger: bool) -> list[Callback]:
         """Best and last checkpoint, learning rates, bar; the CSV of predictions."""
@@ -224,13 +233,16 @@ class RecipeCLI(LightningCLI):
         own: list[Callback] = []
         if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
             monitor, mode = self.model.monitor  # type: ignore[misc]
-            own.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best", save_last=True))
+            where: dict[str, Any] = {"dirpath": self.folder / "checkpoints", "enable_version_counter": False}
+            own.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best", **where))
+            # One of its own: `save_last` above would write only when the best changes.
+            own.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where))
         if self.subcommand == "fit" and has_logger:
             own.append(LearningRateMonitor("step"))
         if self.subcommand == "predict":
-            own.append(callbacks.PredictionWriter())
+            own.append(callbacks.PredictionWriter(self.folder / "predictions.csv"))
         if config.enable_progress_bar is not False:
-            own.append(RichProgressBar())
+            own.append(RichProgressBar(refresh_rate=5))  # a second; Lightning's 100 cost 0.7 ms a step
         return own
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -243,9 +255,7 @@ class RecipeCLI(LightningCLI):
         tested = None
         if self.config[self.subcommand].test:
             best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-            tested = self.trainer.test(
-                self.model, datamodule=self.datamodule, ckpt_path="best" if best else None, verbose=False
-            )
+            tested = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
         print_summary(self, tested=tested[0] if tested else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -261,6 +271,46 @@ class RecipeCLI(LightningCLI):
         print_summary(self)
 
     after_test = after_predict = after_validate
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the run's complete config into its folder, as one to start a new run from.
+
+    Args:
+        parser: As in Lightning, and so is `config`.
+        config: The parsed configuration.
+        folder: The run's folder.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path) -> None:
+        config = config.clone()
+        config["ckpt_path"] = None  # else whoever starts from this config would go on from that checkpoint
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: what is refused before the first batch should leave no folder behind."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write on the first rank; a resumed run's config replaces the one before."""
+        if trainer.is_global_zero and not self.already_saved:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
+            self.already_saved = True
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
+
+def started() -> float:
+    """When the command began, the same on all ranks that one command starts."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["RECIPES_STARTED"] = str(time.time())
+    return float(os.environ.get("RECIPES_STARTED", time.time()))
+
+
+def plain(value: Any) -> Any:
+    """A tuple as the list that it becomes in a checkpoint."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

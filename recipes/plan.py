@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .names import stop
 from .parts.optim import build_optimizer, describe
-from .parts.schedules import Plateau
+from .parts.schedules import Plateau, Schedule
 
 ASSUMED_SAMPLES = 10_000
 
@@ -58,6 +58,8 @@ def show_plan(cli: Any, samples: int | None) -> None:
         )
     schedule = model.schedule(optimizer, total)
     turns = {0: "start"}
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"plan knows the schedules of recipes.parts.schedules only, not {type(schedule).__name__}")
     for name, step in schedule.turning_points().items():
         if 0 < step < total - 1:
             turns[step] = f"{turns[step]}, {name}" if step in turns else name

@@ -22,16 +22,15 @@ def print_summary(cli: RecipeCLI, tested: Mapping[str, float] | None = None) -> 
         cli: The finished command line.
         tested: Test metrics of the best checkpoint, where `fit --test` computed them.
     """
-    log_dir = cli.trainer.log_dir  # all ranks take part in finding it out
     if not cli.trainer.is_global_zero or getattr(cli.trainer, "fast_dev_run", False):
         return
     console = Console()
     console.rule(f"{cli.recipe} {cli.subcommand}")
-    for name, text in summary_rows(cli, tested, log_dir):
+    for name, text in summary_rows(cli, tested):
         console.print(f"[bold]{name:10}[/bold]  ", escape(text), sep="", soft_wrap=True, highlight=False)
 
 
-def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None, log_dir: str | None) -> list[tuple[str, str]]:
+def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tuple[str, str]]:
     """The rows, as plain text."""
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     rows = [("data", describe_data(data)), ("model", describe_model(model))]
@@ -49,8 +48,7 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None, log_dir: st
         if worst:
             rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
     rows.append(("time", f"{time.time() - cli.started:.0f} s, precision {trainer.precision}"))
-    if log_dir:
-        rows.append(("folder", short(log_dir)))
+    rows.append(("folder", short(str(cli.folder))))
     if best:
         rows.append(("checkpoint", short(best)))
         rows.append(("next", f"python -m recipes.{cli.recipe} predict --ckpt_path {rows[-1][1]}"))

@@ -34,7 +34,7 @@ from .parts.backbones import backbone_facts, build_backbone
 from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, balanced_weights, classification_loss
-from .parts.metrics import classification_metrics, per_class_accuracy
+from .parts.metrics import classification_metrics, per_class_counts
 from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
 from .parts.schedules import Cosine, Plateau
 from .parts.weights import load_weights
@@ -80,6 +80,7 @@ class VisionClassifier(LightningModule):
     mean: Tensor
     std: Tensor
     class_weights: Tensor | None
+    epoch_sums: Tensor
     monitor = ("val/accuracy", "max")  # what the best checkpoint is best in
 
     def __init__(
@@ -126,13 +127,11 @@ class VisionClassifier(LightningModule):
         self.aux_heads = nn.ModuleList(new_head(width=width) for width in self.backbone.aux_widths)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
-        if isinstance(class_weights, list) and len(class_weights) != num_classes:
-            raise ValueError(
-                f"model.class_weights needs {num_classes} numbers, one per class, not {len(class_weights)}"
-            )
-        fixed = torch.tensor(class_weights) if isinstance(class_weights, list) else None
+        self.balanced = isinstance(class_weights, str)
+        fixed = None if class_weights is None or self.balanced else torch.as_tensor(class_weights, dtype=torch.float)
+        if fixed is not None and len(fixed) != num_classes:
+            raise ValueError(f"model.class_weights needs {num_classes} numbers, one per class, not {len(fixed)}")
         self.register_buffer("class_weights", fixed, persistent=False)
-        self.balanced = class_weights == "balanced"
         self.loss = functools.partial(
             classification_loss, kind=loss, label_smoothing=label_smoothing, gamma=focal_gamma
         )
@@ -142,7 +141,7 @@ class VisionClassifier(LightningModule):
         self.metrics = nn.ModuleDict(
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
-        self.per_class = per_class_accuracy(num_classes)
+        self.per_class = per_class_counts(num_classes)
         self.to(memory_format=torch.channels_last)  # faster convolutions, on processors and GPUs alike
         if compile_backbone:
             self.backbone.compile()
@@ -168,7 +167,7 @@ class VisionClassifier(LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Subtract the backbone's mean and divide by its standard deviation; channels last."""
-        normal = (images - self.mean) / self.std
+        normal = (images.to(self.mean.dtype) - self.mean) / self.std
         return normal.contiguous(memory_format=torch.channels_last)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -188,12 +187,20 @@ class VisionClassifier(LightningModule):
         loss = self.loss(logits, target, weight=self.class_weights)
         for aux_logits in extra:
             loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
-        hits = (logits.detach().argmax(1) == batch["label"]).float().mean()
-        size = len(logits)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        epoch = {"train/loss_epoch": loss.detach(), "train/accuracy": hits}
-        self.log_dict(epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(logits))
+        hits = (logits.detach().argmax(1) == batch["label"]).sum()
+        self.epoch_sums += torch.stack([loss.detach() * len(logits), hits, hits.new_tensor(len(logits))])
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_sums = torch.zeros(3, device=self.device)  # loss, hits, samples; fp32 under any precision
+
+    def on_train_epoch_end(self) -> None:
+        """Means over the epoch; summed here because a `self.log` in every step costs a millisecond of it."""
+        loss, hits, samples = self.epoch_sums
+        epoch = {"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}
+        self.log_dict(epoch, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -209,7 +216,7 @@ class VisionClassifier(LightningModule):
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
         logits = self.logits(batch)
         kept = int((batch["label"] >= 0).sum())
-        loss = self.loss(logits, batch["label"], weight=self.class_weights)
+        loss = self.loss(logits, batch["label"])  # without class weights: the data's own distribution counts
         self.log(f"{split}/loss", loss, on_epoch=True, batch_size=max(kept, 1), sync_dist=True)
         metrics = self.metrics[split]
         metrics.update(logits, batch["label"])  # type: ignore[operator]
@@ -219,9 +226,10 @@ class VisionClassifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of each class by its name."""
         class_names = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        for label, share in enumerate(self.per_class.compute().tolist()):
-            name = class_names[label] if class_names else label
-            self.log(f"test/accuracy_of/{name}", share, sync_dist=True)
+        for label, (right, _, _, _, samples) in enumerate(self.per_class.compute().tolist()):
+            if samples:
+                name = class_names[label] if class_names else label
+                self.log(f"test/accuracy_of/{name}", right / samples, sync_dist=True)
         self.per_class.reset()
 
     def configure_optimizers(self) -> Any:
@@ -318,6 +326,8 @@ class VisionCLI(RecipeCLI):
         facts = backbone_facts(config.model.backbone)
         given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
         config.model.image_size = size = next(value for value in given if value is not None)
+        if given[1] not in (None, size):
+            raise ValueError(f"model.image_size is {size}, data.image_size {given[1]}: set model.image_size alone")
         if size < facts.min_size:
             raise ValueError(
                 f"{config.model.backbone} needs pictures of at least {facts.min_size} px; model.image_size is {size}"
@@ -353,15 +363,16 @@ def precompute(model: VisionClassifier, data: Any, views: int, folder: Path) -> 
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    for split, pictures in data.splits.items():
+    for split in list(data.splits):
         augmented = split == "train" and data.augment != "none"
         chosen: list[int | None] = list(range(views)) if augmented else [None]
-        facts = (data.augment if augmented else "none", chosen, data.seed, data.image_size, data.fingerprint(split))
+        kind = type(data.view_dataloader(split, None).dataset).__name__  # decodes what is to lie in memory
+        facts = (data.augment if augmented else "none", chosen, data.seed, data.image_size, kind, data.flip)
         data.features[split] = extract(
             lambda images: model.backbone(model.normalise(images)),
             [batches_of(data, split, view, device) for view in chosen],
-            len(pictures.labels),
-            folder / f"{fingerprint(model.backbone, *facts)}.f32",
+            len(data.splits[split].labels),
+            folder / f"{fingerprint(model.backbone, *facts, data.fingerprint(split))}.f32",
         )
     model.train()
 

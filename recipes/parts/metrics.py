@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
 
 from .losses import IGNORED
 
@@ -24,6 +24,6 @@ def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
     return MetricCollection(metrics, prefix=prefix)
 
 
-def per_class_accuracy(num_classes: int) -> MulticlassAccuracy:
-    """Share of each class's samples that is recognised, `(num_classes,)`: the recall of each class."""
-    return MulticlassAccuracy(num_classes, average=None, ignore_index=IGNORED, validate_args=False)
+def per_class_counts(num_classes: int) -> MulticlassStatScores:
+    """For each class true and false positives, true and false negatives, and samples: `(num_classes, 5)`."""
+    return MulticlassStatScores(num_classes, average=None, ignore_index=IGNORED, validate_args=False)

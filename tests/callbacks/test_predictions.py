@@ -13,3 +13,11 @@ def test_parts_merge_by_index_without_what_filled_up_a_batch(tmp_path: Path) -> 
     lines = (tmp_path / "all.csv").read_text().splitlines()
     assert lines == ["name,label,probability", "a,x,0.9", '"b, with comma",y,0.6', "c,x,0.8", "d,x,0.5", "e,y,0.7"]
     assert not first.exists() and not second.exists()
+
+
+def test_one_sample_on_two_ranks_is_written_once(tmp_path: Path) -> None:
+    parts = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for part in parts:
+        part.write_text("0,a,x,0.9\n")
+    merge_parts(parts, tmp_path / "all.csv")
+    assert (tmp_path / "all.csv").read_text().splitlines() == ["name,label,probability", "a,x,0.9"]

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -136,7 +137,7 @@ def test_digits_keep_their_test_set_whatever_the_seed() -> None:
         data.setup()
     names = [[d.sample_names("test")(i) for i in range(len(d.splits["test"].labels))] for d in (first, second)]
     assert names[0] == names[1]
-    assert first.split_rows() != second.split_rows()
+    assert first.cut_rows != second.cut_rows
 
 
 def test_digits_of_some_classes_are_relabelled() -> None:
@@ -297,3 +298,41 @@ def test_another_split_is_refused_on_resume() -> None:
     other.setup("fit")
     with pytest.raises(ValueError, match=r"split is not the checkpoint's .* data\.seed"):
         other.load_state_dict(state)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    read = np.asarray(decode(str(tmp_path / "a.png"), "a"))[..., 0]
+    assert read[0, 0] == 0 and read[-1, -1] == 255 and len(np.unique(read)) > 200
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match="floating point"):
+        decode(str(tmp_path / "b.tif"), "b")
+
+
+def test_split_folders_of_other_spellings_are_no_classes(tmp_path: Path) -> None:
+    for names in (("Train", "Test"), ("training_set", "test_set")):
+        data = ImageFolder(write_folder(tmp_path / names[0], names), image_size=32)
+        assert data.class_names == ["class_0", "class_1", "class_2"]
+    with pytest.raises(ValueError, match="has a folder Val/ but none called train/"):
+        _ = ImageFolder(write_folder(tmp_path / "odd", ("learn", "Val"))).class_names
+
+
+def test_evaluation_sees_the_same_picture_from_memory_and_from_disk(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "f", ("train", "val", "test"))
+    images = []
+    for in_memory in (True, False):
+        data = ImageFolder(root, image_size=32, in_memory=in_memory, num_workers=0)
+        data.setup("test")
+        images.append(rows(data, "test")[0]["image"])
+    assert torch.equal(*images)
+
+
+def test_a_label_out_of_range_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "f", ("train", "val", "test"))
+    data = ImageFolder(root, image_size=32)
+    splits = data.read_splits()
+    splits["test"].labels[3] = -1
+    data.read_splits = lambda: splits  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"label -1 of .*\.jpg is out of range: there are 3 classes"):
+        data.setup()

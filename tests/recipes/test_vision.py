@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -227,7 +228,8 @@ def test_reinitialised_blocks_are_fresh_and_the_others_pretrained() -> None:
 
 def test_inception_trains_its_auxiliary_head_too() -> None:
     model = VisionClassifier(3, backbone="inception_v3", aux_weight=0.4)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.on_train_epoch_start()
     batch = {"image": torch.rand(2, 3, 299, 299), "label": torch.tensor([0, 2])}
     loss = model.training_step(batch, 0)
     loss.backward()
@@ -247,3 +249,111 @@ def test_checkpoints_hold_no_pickles_and_say_what_they_are() -> None:
     assert content["hyper_parameters"]["backbone"] == "resnet8"
     again = VisionClassifier.load_from_checkpoint(best, num_classes=5, weights=None)
     assert torch.equal(again.head.weight, cli.model.head.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_the_schedule_counts_optimiser_steps_under_accumulation() -> None:
+    options = [
+        "--trainer.max_epochs=2",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.callbacks+=tests.spies.Record",
+    ]
+    cli = main([*QUICK, *options])
+    schedule = cli.trainer.lr_scheduler_configs[0].scheduler
+    assert cli.trainer.global_step == schedule.last_epoch == 18  # 17 batches: 9 steps an epoch, the last one short
+    assert schedule.total_steps == 18  # type: ignore[union-attr]
+    groups = cli.trainer.optimizers[0].param_groups
+    ratio = [group["lr"] / group["initial_lr"] for group in groups]
+    assert max(ratio) - min(ratio) < 1e-6, "every group is at the same point of its schedule"
+
+
+def test_a_plateau_hears_its_metric_once_per_validation_and_survives_a_resume() -> None:
+    plateau = ["--model.schedule=Plateau", "--model.schedule.monitor=val/loss", "--model.schedule.mode=max"]
+    options = [*plateau, "--model.schedule.patience=1", "--model.schedule.drop=0.5", "--trainer.max_epochs=6"]
+    options.append("--model.schedule.warmup_share=0")
+    whole = main([*QUICK, *options])  # the loss falls, and more would be better: each second validation is in vain
+    schedule = whole.trainer.lr_scheduler_configs[0].scheduler
+    assert schedule.drops >= 1  # type: ignore[union-attr]
+    half = main([*QUICK, *options, "--trainer.callbacks+=tests.spies.StopAfterEpoch", "--trainer.callbacks.epoch=2"])
+    last = str(Path(half.trainer.log_dir or "") / "checkpoints" / "last.ckpt")
+    resumed = main(["fit", "--ckpt_path", last, "--trainer.callbacks=null"])
+    assert resumed.trainer.lr_scheduler_configs[0].scheduler.state_dict() == schedule.state_dict()
+    assert same(weights(whole), weights(resumed))
+
+
+def test_a_metric_that_is_not_logged_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*QUICK, "--model.schedule=Plateau", "--model.schedule.monitor=val/los", "--trainer.max_epochs=1"])
+    assert "'val/los' is not logged" in capsys.readouterr().err
+
+
+def test_broken_pictures_in_a_worker_get_a_sentence(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folder(own_folder / "pictures", each=6)
+    broken = root / "train" / "class_0" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:150])
+    options = ["--model.weights=null", "--model.image_size=32", "--data=ImageFolder", f"--data.root={root}"]
+    options += ["--data.in_memory=false", "--data.num_workers=1", "--data.batch_size=4", "--trainer.max_epochs=1"]
+    with pytest.raises(SystemExit):
+        main([*QUICK, *options])
+    answer = capsys.readouterr().err
+    assert "cannot read the picture" in answer and str(broken) in answer and "Traceback" not in answer
+    cli = main([*QUICK, *options, "--data.on_error=skip"])
+    assert len(cli.datamodule.skipped) == 1
+    assert "1 unreadable pictures skipped" in capsys.readouterr().out
+
+
+def test_the_last_checkpoint_is_the_last_though_nothing_improves() -> None:
+    cli = main([*QUICK, "--trainer.max_epochs=3", "--model.optimizer.lr=1e-9", "--trainer.limit_train_batches=2"])
+    checkpoints = Path(cli.trainer.log_dir or "") / "checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_resumed_run_keeps_its_folder_and_its_best(own_folder: Path) -> None:
+    first = main([*QUICK, "--trainer.max_epochs=2"])
+    folder = Path(first.trainer.log_dir or "")
+    best = float(first.trainer.checkpoint_callback.best_model_score)  # type: ignore[union-attr, arg-type]
+    spoilt = ["--trainer.max_epochs=3", "--model.optimizer.lr=5", "--model.schedule=Constant"]
+    relative = os.path.relpath(folder / "checkpoints" / "last.ckpt")
+    resumed = main(["fit", "--ckpt_path", relative, *spoilt])
+    assert Path(resumed.trainer.log_dir or "") == folder
+    assert float(resumed.trainer.checkpoint_callback.best_model_score) == best  # type: ignore[union-attr, arg-type]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (folder / "metrics.part1.csv").is_file(), "the metrics before the interruption are kept"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_a_config_in_the_working_folder_is_not_written_over(own_folder: Path) -> None:
+    mine = "# mine\nmodel: {backbone: resnet8, image_size: 8}\ndata: {class_path: datamodules.Digits}\n"
+    (own_folder / "config.yaml").write_text(mine)
+    main(["fit", "--config", "config.yaml", "--trainer.logger=false", "--trainer.max_epochs=1", *QUICK[3:]])
+    assert (own_folder / "config.yaml").read_text() == mine
+    assert list(own_folder.glob("runs/vision/*/*/checkpoints/best.ckpt"))
+
+
+def test_other_classes_than_the_checkpoints_are_refused(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folder(own_folder / "pictures", ("train", "val", "test"), each=4)
+    options = ["--data=ImageFolder", f"--data.root={root}", "--model.weights=null", "--model.image_size=32"]
+    fit = main([*QUICK, *options, "--trainer.max_epochs=1", "--data.batch_size=4"])
+    best = str(Path(fit.trainer.log_dir or "") / "checkpoints" / "best.ckpt")
+    for split in ("train", "val", "test"):
+        (root / split / "class_0").rename(root / split / "zebra")
+    with pytest.raises(SystemExit):
+        main(["test", "--ckpt_path", best])
+    assert "the checkpoint's classes are class_0, class_1, class_2" in capsys.readouterr().err
+
+
+def test_a_run_that_skips_broken_pictures_can_be_tested_and_resumed(own_folder: Path) -> None:
+    root = write_folder(own_folder / "pictures", (), each=12)
+    for name in ("0.jpg", "5.jpg"):
+        (root / "class_1" / name).write_bytes(b"broken")
+    options = ["--data=ImageFolder", f"--data.root={root}", "--model.weights=null", "--model.image_size=32"]
+    fit = main([*QUICK, *options, "--trainer.max_epochs=1", "--data.batch_size=4", "--data.on_error=skip"])
+    assert len(fit.datamodule.skipped) >= 1
+    last = str(Path(fit.trainer.log_dir or "") / "checkpoints" / "last.ckpt")
+    main(["test", "--ckpt_path", last])
+    assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=2"]).trainer.current_epoch == 2
+
+
+def test_true_half_precision_runs() -> None:
+    cli = main([*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-true"])
+    assert cli.model.head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]

@@ -1,0 +1,84 @@
+"""What one training step costs beyond the net: logging, metrics, bar and callbacks of the quickstart.
+
+    python -m benchmarks.overhead
+
+The quickstart's own model and batches, one thread. After each epoch under Trainer.fit, with all that the command
+line adds, comes the same epoch by hand: loading, augmentation, forward, loss, backward, clipping, update. The
+overhead is the median over epochs of the difference, in CPU milliseconds per step.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+import recipes.cli
+from benchmarks.measure import write_result
+from recipes.parts.optim import build_optimizer
+from recipes.vision import VisionClassifier, main
+
+EPOCHS, WARM_UP = 60, 5
+
+
+class Clock(Callback):
+    """CPU seconds of the batches of each epoch, validation not included, and of the same epoch by hand."""
+
+    def __init__(self) -> None:
+        self.recipe: list[float] = []
+        self.bare: list[float] = []
+        self.model: Any = VisionClassifier(5, "resnet8", image_size=8).train()
+        adamw = functools.partial(torch.optim.AdamW, lr=0.01)
+        self.optimizer = build_optimizer(adamw, self.model.param_groups())
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.started = time.process_time()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.recipe.append(time.process_time() - self.started)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        loader = trainer.datamodule.train_dataloader()
+        loader.sampler.set_epoch(trainer.current_epoch)
+        started = time.process_time()
+        for batch in loader:
+            batch = trainer.datamodule.on_after_batch_transfer(batch, 0)
+            loss = self.model.loss(self.model(batch["image"]), batch["label"])
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+        self.bare.append(time.process_time() - started)
+
+
+def run() -> None:
+    """Measure and write."""
+    torch.set_num_threads(1)
+    clock = Clock()
+    defaults = recipes.cli.RecipeCLI.default_callbacks
+    recipes.cli.RecipeCLI.default_callbacks = lambda self, **k: [*defaults(self, **k), clock]  # type: ignore
+    options = [f"--trainer.max_epochs={EPOCHS}", "--trainer.accelerator=cpu", *sys.argv[1:]]
+    cli = main(["fit", "--config", "vision/quickstart", *options])
+    steps = cli.trainer.num_training_batches
+    recipe, bare = ([s / steps * 1e3 for s in seconds[WARM_UP:]] for seconds in (clock.recipe, clock.bare))
+    differences = sorted(one - other for one, other in zip(recipe, bare, strict=True))
+    write_result(
+        "overhead",
+        {
+            "recipe_ms_per_step": round(statistics.median(recipe), 2),
+            "bare_ms_per_step": round(statistics.median(bare), 2),
+            "overhead_ms_per_step": round(statistics.median(differences), 2),
+            "quartiles_ms": [round(differences[len(differences) * q // 4], 2) for q in (1, 3)],
+            "epochs": len(differences),
+        },
+    )
+
+
+if __name__ == "__main__":
+    run()

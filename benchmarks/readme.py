@@ -1,0 +1,78 @@
+"""Fill README's tables from benchmarks/results and the configs' headers.
+
+    python -m benchmarks.readme
+
+Replaces what stands between `<!-- name -->` and `<!-- end -->`; a test sees that nothing else is in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+from recipes.names import config_names, find_config, header
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def result(name: str) -> dict[str, Any]:
+    """A results file's content."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def configs() -> str:
+    """A row per config: name, what, measured."""
+    rows = []
+    for name in config_names():
+        text = " ".join(header(find_config(name)))
+        what = text.split(" python -m")[0].strip().rstrip(".")
+        measured = text.split("Measured: ")[1].split(" Source:")[0].rstrip(".")
+        rows.append(f"| `{name}` | {what} | {measured} |")
+    return "\n".join(["| config | what | measured |", "|---|---|---|", *rows])
+
+
+def quickstart() -> str:
+    """The screen that the quickstart ends with."""
+    return "```\n" + "\n".join(result("quickstart")["screen"]) + "\n```"
+
+
+def speed() -> str:
+    """What was measured, with the hardware."""
+    training, loading = result("training"), result("loading")
+    overhead, features, real = result("overhead"), result("features"), result("real_data")
+    cifar, ants = real["cifar10"], real["hymenoptera"]
+    rows = [
+        ("ResNet-18, 64 px, batch 32, loading included, against a bare loop, fp32, wall time",
+         f"{training['fp32_ratio_wall_s']:.2f}", "training"),
+        ("the same with the defaults that ship", f"{training['shipped_ratio_wall_s']:.2f}", "training"),
+        ("a step beyond the net: logging, metrics, bar, callbacks", f"{overhead['overhead_ms_per_step']:.1f} ms of CPU",
+         "overhead"),
+        ("images per CPU second with standard augmentation, against torchvision's per-sample pipeline",
+         f"{loading['ratio']:.1f} times", "loading"),
+        ("ten epochs of a linear probe with `--feature_views 1`, against computing features again",
+         f"{features['ratio']:.1f} times faster", "features"),
+        ("40,000 CIFAR-10 images as Parquet, ResNet-20 from scratch, 3 epochs: test accuracy",
+         f"{cifar['test/accuracy']:.3f} in {cifar['wall_s']} s", "real_data"),
+        ("396 photographs of ants and bees, ResNet-18 from scratch: test accuracy",
+         f"{ants['test/accuracy']:.3f} in {ants['wall_s']} s", "real_data"),
+    ]  # fmt: skip
+    lines = ["| what | measured | file in benchmarks/results |", "|---|---|---|"]
+    lines += [f"| {what} | {value} | {name}.json |" for what, value, name in rows]
+    return f"On {training['hardware']['processor']}, without a GPU and without bf16 in hardware:\n\n" + "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """README with its generated parts made anew."""
+    for name, make in {"quickstart": quickstart, "configs": configs, "speed": speed}.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda found, make=make: found[1] + make() + found[2], text, flags=re.DOTALL)
+        assert count == 1, name
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
