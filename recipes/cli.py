@@ -285,7 +285,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path) -> None:
         config = config.clone()
         config["ckpt_path"] = None  # else whoever starts from this config would go on from that checkpoint
-        super().__init__(parser, config, save_to_log_dir=False)
+        super().__init__(parser, config)
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
