@@ -31,7 +31,7 @@ from PIL import Image
 
 from benchmarks.measure import write_result
 
-IMAGES, CLASSES, ROUNDS = 1600, 10, 3
+IMAGES, CLASSES, ROUNDS = 1600, 10, 2
 
 
 def write_pictures(root: Path) -> None:

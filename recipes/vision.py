@@ -363,7 +363,9 @@ def precompute(model: VisionClassifier, data: Any, views: int, folder: Path) -> 
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    for split in list(data.splits):
+    for split in ("train", "val", "test"):
+        if split not in data.splits:
+            continue
         augmented = split == "train" and data.augment != "none"
         chosen: list[int | None] = list(range(views)) if augmented else [None]
         kind = type(data.view_dataloader(split, None).dataset).__name__  # decodes what is to lie in memory

@@ -63,6 +63,16 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
             assert ast.get_docstring(node), f"{node.name} in {path.name} has no docstring"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_every_config_and_weight_is_packaged() -> None:
+    import tomllib
+
+    patterns = tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["recipes"]
+    packaged = {path for pattern in patterns for path in (HOME / "recipes").glob(pattern)}
+    data = {p for p in (HOME / "recipes").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert data == packaged
+
+
 def test_no_room_for_leftovers() -> None:
     names = {p.stem for p in FILES} | {p.parent.name for p in FILES}
     assert not names & {"utils", "helpers", "common", "misc"}

@@ -60,6 +60,16 @@ def test_help_and_slips_in_a_name_come_before_the_heavy_imports(args: list[str])
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_that_hides_ours_is_told(own_folder: Path) -> None:
+    (own_folder / "callbacks").mkdir()
+    (own_folder / "callbacks" / "__init__.py").touch()
+    command = [sys.executable, "-m", "recipes.vision", "fit", "--config", "vision/quickstart"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "hides this collection's own 'callbacks' package" in done.stderr and "python -P -m" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "show", "vision/quickstart") == names.find_config("vision/quickstart").read_text()
     assert "root/train/ants/a.jpg" in output(capsys, "show", "ImageFolder")
