@@ -301,7 +301,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def bf16_is_native(accelerator: Any = "auto") -> bool:
     """Whether the device multiplies bf16 in hardware: only there is it faster than fp32.
 
-    On processors without it, bf16 takes twice the time of fp32 (benchmarks/results).
+    On processors without it, bf16 takes about twice the time of fp32 (benchmarks/results/threads.json).
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)

@@ -88,8 +88,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def start(recipe: str, argv: Sequence[str]) -> None:
     """What a recipe does first when it is the program, before torch is imported.
 
-    By default OpenMP's threads spin while they wait for each other. On a processor that others use too, that
-    makes a training step up to thirty times slower (benchmarks/results/threads.json); asleep, they lose little.
+    By default OpenMP's threads spin while they wait for each other. Beside another busy program that nearly doubles
+    the time of a step; asleep, they cost up to a tenth of it alone (benchmarks/results/threads.json).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_command(recipe, argv)

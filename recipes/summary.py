@@ -49,6 +49,8 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
             rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
     rows.append(("time", f"{time.time() - cli.started:.0f} s, precision {trainer.precision}"))
     rows.append(("folder", short(str(cli.folder))))
+    if cli.subcommand == "predict":
+        rows.append(("written", short(str(cli.folder / "predictions.csv"))))
     if best:
         rows.append(("checkpoint", short(best)))
         rows.append(("next", f"python -m recipes.{cli.recipe} predict --ckpt_path {rows[-1][1]}"))

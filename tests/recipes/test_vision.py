@@ -156,12 +156,14 @@ def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
     assert float(rows[-1]["val/loss"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-4)
 
 
-def test_predictions_of_a_folder(own_folder: Path) -> None:
+def test_predictions_of_a_folder(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folder(own_folder / "pictures", each=6)
     options = ["--trainer.max_epochs=1", "--model.weights=null", "--model.image_size=32", "--data.batch_size=4"]
     fit = main([*QUICK, *options, "--data=ImageFolder", f"--data.root={root}", "--test"])
     best = str(Path(fit.trainer.log_dir or "") / "checkpoints" / "best.ckpt")
+    capsys.readouterr()
     predict = main(["predict", "--ckpt_path", best])
+    assert "predictions.csv" in capsys.readouterr().out
     with (Path(predict.trainer.log_dir or "") / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == sorted(str(path) for path in root.glob("val/*/*.jpg"))
