@@ -41,7 +41,7 @@ class Digits(ImageDataModule):
 
     def read_splits(self) -> dict[str, Pictures]:
         """Read them from the installed scikit-learn."""
-        from sklearn.datasets import load_digits  # one second to import: only where it is used
+        from sklearn.datasets import load_digits  # slow to import: only where it is used
 
         digits = load_digits()
         grey = torch.from_numpy(digits.images) * (255 / 16)

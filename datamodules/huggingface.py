@@ -55,7 +55,7 @@ class HuggingFaceImages(ImageDataModule):
     @cached_property
     def tables(self) -> dict[str, Any]:
         """The splits as `datasets.Dataset`, pictures still encoded; downloads them if they are not there."""
-        import datasets  # two seconds to import: only where it is used
+        import datasets  # slow to import: only where it is used
 
         try:
             found = datasets.load_dataset(**self.source)
@@ -95,7 +95,7 @@ class HuggingFaceImages(ImageDataModule):
         return {split: self._pictures(split, table) for split, table in self.tables.items()}
 
     def _pictures(self, split: str, table: Any) -> Pictures:
-        values = table.data[self.label_column].to_pylist()  # thousands of times faster than row by row
+        values = table.data[self.label_column].to_pylist()  # at once: row by row is far slower
         if not hasattr(table.features[self.label_column], "names"):
             number = {name: label for label, name in enumerate(self.class_names)}
             unseen = [row for row, value in enumerate(values) if str(value) not in number]

@@ -243,7 +243,7 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "predict":
             own.append(callbacks.PredictionWriter(self.folder / "predictions.csv"))
         if config.enable_progress_bar is not False:
-            own.append(RichProgressBar(refresh_rate=5))  # a second; Lightning's 100 cost 0.7 ms a step
+            own.append(RichProgressBar(refresh_rate=5))  # a second; Lightning's 100 cost time in every step
         return own
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -197,7 +197,7 @@ class VisionClassifier(LightningModule):
         self.epoch_sums = torch.zeros(3, device=self.device)  # loss, hits, samples; fp32 under any precision
 
     def on_train_epoch_end(self) -> None:
-        """Means over the epoch; summed here because a `self.log` in every step costs a millisecond of it."""
+        """Means over the epoch; summed here because `self.log` in every step costs much of a small step."""
         loss, hits, samples = self.epoch_sums
         epoch = {"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}
         self.log_dict(epoch, sync_dist=True)
