@@ -1,0 +1,774 @@
+"""Freeze parts of any network, and open them again block by block while it trains.
+
+    Trainer(callbacks=[Freeze(train_last_blocks=1)])            # feature extraction: the head alone
+    Trainer(callbacks=[GradualUnfreezing(every_epochs=1)])      # the head first, then a block more every epoch
+
+A block is a named group of parameters, ordered from input to output. Blocks come from the module's own
+`layer_groups()`, from patterns, or are inferred from the module tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Blocks: TypeAlias = dict[str, dict[str, nn.Parameter]]  # block -> dotted name -> parameter
+
+NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, SyncBatchNorm, LlamaRMSNorm: every library names them so
+
+
+@runtime_checkable
+class HasLayerGroups(Protocol):
+    """What a module may offer: ordered blocks, input to output, each with its dotted paths."""
+
+    def layer_groups(self) -> Mapping[str, Sequence[str]]:
+        """Name of the block -> paths of submodules or parameters; every parameter lies in one."""
+
+
+def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blocks:
+    """Sort all parameters of a module into ordered blocks, input to output.
+
+    A tied parameter belongs to the first block that holds it. Parameters that are frozen already are left out,
+    and so are blocks without any other.
+
+    Args:
+        module: Any network.
+        patterns: One per block, input to output: regular expressions looked for in a parameter's dotted name; the
+            first that is found counts. None: the module's `layer_groups()`, or else `infer_blocks`.
+
+    Raises:
+        ValueError: A pattern or path that decides on no parameter, or a parameter in no block.
+    """
+    names = dict(module.named_parameters())  # each parameter once, under its first name
+    home: dict[nn.Parameter, str] = {}
+    if patterns is not None:
+        for name, parameter in names.items():
+            home[parameter] = next((pattern for pattern in patterns if re.search(pattern, name)), "")
+        order = list(patterns)
+    else:
+        groups = module.layer_groups() if isinstance(module, HasLayerGroups) else infer_blocks(module)
+        for block, path in ((block, path) for block, paths in groups.items() for path in paths):
+            for parameter in _parameters(_at(module, path)):
+                home.setdefault(parameter, block)
+        order = list(groups)
+    for block in order:
+        if block not in home.values():
+            hint = _did_you_mean(block, names)
+            raise ValueError(f"block {block!r} holds no parameter, or none that an earlier block leaves to it{hint}")
+    lost = [name for name, parameter in names.items() if not home.get(parameter)]
+    if lost:
+        raise ValueError(f"parameters in no block: {_some(lost)}; a last pattern '.' takes all the rest")
+    blocks: Blocks = {block: {} for block in order}
+    for name, parameter in names.items():
+        if parameter.requires_grad:
+            blocks[home[parameter]][name] = parameter
+    return {block: members for block, members in blocks.items() if members}
+
+
+def infer_blocks(module: nn.Module) -> dict[str, list[str]]:
+    """Ordered blocks of a module tree: what repeats becomes one block each, the rest one block per part.
+
+    The layers of a transformer, the stages of a ResNet or the items of a long `Sequential` are blocks; what lies
+    around them (embeddings, stem, pooler, head) are others. Norm layers join the block before, tokens and other
+    parameters of a container's own the block after. Order is that of registration, usually input to output.
+
+    Returns:
+        Path of the block's first part -> paths of all its parts.
+    """
+    pieces = list(_pieces(module, ""))
+    while sum(not slight for _, _, slight in pieces) < 3:  # nothing repeats, as in Inception: take the largest apart
+        sizes = [sum(p.numel() for p in _parameters(part)) if _children(part) else 0 for _, part, _ in pieces]
+        largest = max(range(len(pieces)), key=sizes.__getitem__)
+        if not sizes[largest]:
+            break
+        pieces[largest : largest + 1] = _split(pieces[largest][1], pieces[largest][0])
+    blocks: dict[str, list[str]] = {}
+    waiting: list[str] = []
+    for path, part, slight in pieces:
+        if not slight:
+            blocks[path] = [*waiting, path]
+            waiting = []
+        elif blocks and isinstance(part, nn.Module):
+            next(reversed(blocks.values())).append(path)
+        else:
+            waiting.append(path)
+    if waiting:
+        last = next(reversed(blocks), waiting[0])
+        blocks[last] = blocks.get(last, []) + waiting
+    return blocks
+
+
+def layerwise_param_groups(
+    module: nn.Module,
+    lr: float,
+    *,
+    layer_decay: float = 1.0,
+    weight_decay: float = 0.0,
+    patterns: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Named parameter groups by block, for one line in anybody's `configure_optimizers`.
+
+        return torch.optim.AdamW(layerwise_param_groups(self, lr=1e-4, layer_decay=0.8, weight_decay=0.01))
+
+    Discriminative learning rates: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
+
+    Args:
+        module: Any network; its own `layer_groups()` count, else its blocks are inferred.
+        lr: Rate of the last block, the head.
+        layer_decay: Factor on the rate from each block to the one before it.
+        weight_decay: Of matrices, kernels; norms, biases and embeddings have none.
+        patterns: As in `find_blocks`.
+    """
+    holders = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    tables = {id(parameter) for holder in holders for parameter in holder.parameters()}
+    blocks, groups = find_blocks(module, patterns), []
+    for distance, (block, members) in enumerate(reversed(blocks.items())):
+        rate = lr * layer_decay**distance
+        free = [p for p in members.values() if p.ndim < 2 or id(p) in tables]
+        for name, decay, params in (
+            (f"{block}/no_decay", 0.0, free),
+            (block, weight_decay, [p for p in members.values() if not (p.ndim < 2 or id(p) in tables)]),
+        ):
+            if params:
+                groups.append({"params": params, "name": name, "lr": rate, "weight_decay": decay})
+    return groups[::-1]
+
+
+class Freeze(Callback):
+    """Keeps parts of the network frozen for the whole fit: feature extraction, partial fine-tuning, BitFit.
+
+    Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen
+    are in evaluation mode, so that BatchNorm keeps its statistics and dropout is off. After the fit the module is
+    trainable as it was before.
+
+    Runs on: setup, fit start, every training batch (modes only). Touches: `requires_grad`, `training`.
+
+    Args:
+        train_last_blocks: How many of the last blocks train; 1 is the head alone.
+        patterns: Ordered, regular expression -> whether it trains; the first that is found in a parameter's name
+            decides, before `train_last_blocks`.
+        train_norms: Parameters of norm layers train all the same.
+        train_biases: Biases train all the same. BitFit: Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199
+        frozen_dropout: Leave dropout on in frozen blocks; BatchNorm's statistics stay as they are.
+
+    Raises:
+        ValueError: Nothing is asked for, a pattern decides on no parameter, or nothing would train.
+
+    Example:
+        >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        train_last_blocks: int | None = None,
+        patterns: Mapping[str, bool] | None = None,
+        train_norms: bool = False,
+        train_biases: bool = False,
+        frozen_dropout: bool = False,
+    ) -> None:
+        if train_last_blocks is None and not patterns:
+            raise ValueError("Freeze needs train_last_blocks (1 for the head alone) or patterns")
+        self.train_last_blocks, self.patterns = train_last_blocks, dict(patterns or {})
+        self.train_norms, self.train_biases, self.frozen_dropout = train_norms, train_biases, frozen_dropout
+        self.frozen: set[nn.Parameter] = set()
+        self.eval: set[nn.Module] = set()  # modules held in evaluation mode
+
+    def chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Names and parameters to freeze, out of those that are not frozen already."""
+        blocks = find_blocks(module)
+        last = len(blocks) if self.train_last_blocks is None else self.train_last_blocks
+        if not 0 <= last <= len(blocks):
+            raise ValueError(f"train_last_blocks must be 0 to {len(blocks)}, not {last}; blocks: {', '.join(blocks)}")
+        free: set[nn.Parameter] = set()
+        for holder in module.modules() if self.train_norms else ():
+            if any(NORM.search(cls.__name__) for cls in type(holder).__mro__):
+                free |= set(holder.parameters(recurse=False))
+        verdicts, unused = {}, set(self.patterns)
+        for position, members in enumerate(blocks.values()):
+            for name, parameter in members.items():
+                trains = position >= len(blocks) - last or parameter in free
+                trains |= self.train_biases and name.endswith("bias")
+                match = next((pattern for pattern in self.patterns if re.search(pattern, name)), None)
+                unused.discard(match or "")
+                verdicts[name] = trains if match is None else self.patterns[match]
+        known = dict(module.named_parameters())
+        for pattern in sorted(unused):
+            raise ValueError(f"Freeze: pattern {pattern!r} decides on no parameter{_did_you_mean(pattern, known)}")
+        if not any(verdicts.values()):
+            raise ValueError("Freeze leaves nothing to train: raise train_last_blocks or let a pattern train")
+        return {name: known[name] for name, trains in verdicts.items() if not trains}
+
+    def freeze(self, module: nn.Module) -> None:
+        """Freeze what is chosen; does nothing where that has been done."""
+        if not self.frozen:
+            self.frozen = close(self.chosen(module).values())
+            trains = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            log.info("freeze: %s frozen, %s parameters train", _counted(self.frozen), f"{trains:,}")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before the strategy wraps the module, so that DDP never sees frozen parameters."""
+        if stage == "fit":
+            self._hand_back()
+            if any(True for _ in pl_module.parameters()):
+                self.freeze(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze what was built late, in `configure_model` or the module's own `setup`."""
+        if not self.frozen:
+            self.freeze(pl_module)
+            rewrap(trainer, pl_module)
+        modules = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
+        self.eval = {module for module in modules if module.training}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Frozen modules stay in evaluation mode, whoever called `train()`."""
+        for module in self.eval:
+            module.training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        if stage == "fit":
+            self._hand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As after a fit."""
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        for module in self.eval:
+            module.training = True
+        self.frozen, self.eval = set(), set()
+
+
+class GradualUnfreezing(Callback):
+    """Opens the network block by block: the last blocks train from the start, the others join later.
+
+    All parameters are in the optimiser from the first step; opening only flips `requires_grad`, so schedulers,
+    momentum and resuming know nothing of it. What is open is computed from the run's progress at every start of
+    an epoch or step, also after a resume. A frozen block has no gradient, decay or momentum, and its modules are
+    in evaluation mode: BatchNorm (SyncBatchNorm, too) keeps its statistics. Parameters that were frozen before,
+    by the module itself or by `Freeze`, stay so. After the fit the module is trainable as it was before.
+
+    Under DDP the wrapper is made anew at each change, on all ranks at the same step: frozen parameters cost no
+    traffic, opened ones are reduced. Weights are compared across ranks at each change and at the end. Every block
+    must be seen to receive a gradient in its first step. FSDP, DeepSpeed and model parallelism are refused.
+
+    Blocks open at one of: `every_epochs`, `every_steps`, `at`, `over_share`, or when `monitor` stops improving.
+
+    Runs on: fit start, start of epochs and batches, end of validation. Touches: `requires_grad`, `training`,
+    `grad`, under DDP the strategy's wrapper, with `restore_best` weights and buffers.
+
+    Args:
+        every_epochs: Open a phase every so many epochs.
+        every_steps: The same in optimiser steps.
+        at: When each phase opens: below 1 a share of the run, from 1 on an optimiser step.
+        over_share: Open evenly, the last phase at this share of the run; 0.5 where nothing else is given.
+        monitor: Logged metric; a phase opens when it has not improved in more than `patience` validations.
+        mode: Whether smaller (`min`) or larger (`max`) values of `monitor` are better.
+        patience: Validations without improvement that are borne.
+        min_delta: Least change of `monitor` that counts as an improvement.
+        restore_best: With `monitor`: return to the phase's best weights and buffers before the next opens;
+            the optimiser's momentum is kept.
+        blocks_at_start: Blocks open from the first step.
+        blocks_per_phase: Blocks that open together; None for all the rest at once.
+        order: `top_down` from the head, `bottom_up`, or names of all blocks in the order to open.
+        patterns: Blocks as regular expressions, input to output; see `find_blocks`.
+        frozen_dropout: Leave dropout on in frozen blocks.
+
+    Raises:
+        ValueError: A phase that the run can't reach or that an early stop could forestall; a pattern without a
+            match; a parameter in no optimiser group or in two; fewer than two blocks.
+        RuntimeError: Replicas differ; an opened block receives no gradient.
+
+    Source: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
+
+    Example:
+        >>> Trainer(callbacks=[GradualUnfreezing(every_epochs=1, blocks_per_phase=2)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        every_epochs: int | None = None,
+        every_steps: int | None = None,
+        at: Sequence[float] | None = None,
+        over_share: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 1,
+        min_delta: float = 0.0,
+        restore_best: bool = False,
+        blocks_at_start: int = 1,
+        blocks_per_phase: int | None = 1,
+        order: Literal["top_down", "bottom_up"] | Sequence[str] = "top_down",
+        patterns: Sequence[str] | None = None,
+        frozen_dropout: bool = False,
+    ) -> None:
+        ways = {
+            "every_epochs": every_epochs,
+            "every_steps": every_steps,
+            "at": at,
+            "over_share": over_share,
+            "monitor": monitor,
+        }
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"GradualUnfreezing received {' and '.join(given)}; give one of them")
+        if any(value is not None and value < 1 for value in (every_epochs, every_steps, blocks_per_phase)):
+            raise ValueError("every_epochs, every_steps and blocks_per_phase must be at least 1")
+        if blocks_at_start < 1:
+            raise ValueError(f"blocks_at_start must be at least 1, or nothing trains; received {blocks_at_start}")
+        if over_share is not None and not 0 < over_share < 1:
+            raise ValueError(f"over_share must lie between 0 and 1; received {over_share:g}")
+        if at is not None and (not at or min(at) <= 0 or list(at) != sorted(at, key=lambda x: (x >= 1, x))):
+            raise ValueError(f"at must be ascending shares of the run, then steps, above 0; received {list(at)}")
+        if restore_best and monitor is None:
+            raise ValueError("restore_best needs monitor, to know what is best")
+        self.every_epochs, self.every_steps, self.at, self.monitor = every_epochs, every_steps, at, monitor
+        self.over_share = 0.5 if not given else over_share
+        self.sign, self.patience, self.min_delta = (1.0 if mode == "min" else -1.0), patience, min_delta
+        self.restore_best, self.frozen_dropout = restore_best, frozen_dropout
+        self.blocks_at_start, self.blocks_per_phase = blocks_at_start, blocks_per_phase
+        self.order: str | list[str] = order if isinstance(order, str) else list(order)
+        self.patterns = list(patterns) if patterns is not None else None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.blocks: list[Blocks] = []  # by phase; phase 0 is open from the start
+        self.phases: list[list[nn.Parameter]] = []  # their parameters
+        self.opening_steps: list[int] = []  # optimiser step at which each open phase opened
+        self.due = 0  # the phase that a metric has called for
+        self.best: float | None = None
+        self.bad_validations = 0
+        self.best_weights: dict[str, Tensor] = {}
+        self._boundaries: list[tuple[str, int]] = []
+        self._shown = -1  # the phase that `requires_grad` shows
+        self._eval: set[nn.Module] = set()  # modules held in evaluation mode
+        self._untried: Blocks = {}  # opened, but not yet seen to receive gradients
+
+    @property
+    def all_open(self) -> bool:
+        """Whether the last phase has begun."""
+        return bool(self.blocks) and len(self.opening_steps) == len(self.blocks)
+
+    def plan(self, module: nn.Module) -> list[Blocks]:
+        """The blocks of each phase, in the order of opening.
+
+        Raises:
+            ValueError: There are fewer than two blocks, or `order` doesn't name them.
+        """
+        blocks = find_blocks(module, self.patterns)
+        if len(blocks) < 2:
+            kind = type(module).__name__
+            raise ValueError(f"GradualUnfreezing found {len(blocks)} block in {kind}; give patterns, one per block")
+        names = list(blocks)[::-1] if self.order == "top_down" else list(blocks)
+        if not isinstance(self.order, str):
+            if sorted(self.order) != sorted(blocks):
+                raise ValueError(f"order must name each block once: {', '.join(blocks)}; received {self.order}")
+            names = self.order
+        first, rest = names[: self.blocks_at_start], names[self.blocks_at_start :]
+        size = self.blocks_per_phase or max(len(rest), 1)
+        parts = [first, *(rest[i : i + size] for i in range(0, len(rest), size))]
+        if self.at is not None and len(self.at) < len(parts) - 1:
+            parts[len(self.at) :] = [list(chain(*parts[len(self.at) :]))]  # the last opens all the rest
+        return [{name: blocks[name] for name in part} for part in parts]
+
+    def boundaries(self, phases: int, total_steps: float) -> list[tuple[str, int]]:
+        """`("epoch" or "step", number)` at which each phase after the first opens; none with a metric."""
+        count = range(1, phases)
+        if self.monitor is not None:
+            return []
+        if self.every_epochs is not None:
+            return [("epoch", self.every_epochs * n) for n in count]
+        if self.every_steps is not None:
+            return [("step", self.every_steps * n) for n in count]
+        points = self.at or [(self.over_share or 0.5) * n / len(count) for n in count]
+        if min(points, default=1) < 1 and not math.isfinite(total_steps):
+            raise ValueError("a share of the run needs its length: set max_epochs or max_steps, or give every_steps")
+        return [("step", max(math.ceil(p * total_steps - 1e-9), 1) if p < 1 else int(p)) for p in points[: len(count)]]
+
+    def planned_steps(self, phases: int, total_steps: float, steps_per_epoch: float) -> list[float]:
+        """Optimiser step at which each phase opens; with a metric, of the first alone."""
+        ends = self.boundaries(phases, total_steps)
+        return [0, *(number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        if stage == "fit":
+            self._hand_back()
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the blocks and freeze all but the first phase.
+
+        Not before: a `configure_optimizers` that leaves out what is frozen has now seen every parameter.
+        """
+        check_strategy(trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Freeze):
+                other.freeze(pl_module)
+        self.blocks = self.plan(pl_module)
+        self.phases = [[p for members in part.values() for p in members.values()] for part in self.blocks]
+        _check_groups(trainer, self.blocks)
+        total = trainer.estimated_stepping_batches
+        self._boundaries = self.boundaries(len(self.blocks), total)
+        _check_reach(
+            trainer, self.planned_steps(len(self.blocks), total, steps_per_epoch(trainer)), self.monitor, total
+        )
+        source = "inferred" if self.patterns is None else "patterns"
+        source = "layer_groups()" if self.patterns is None and isinstance(pl_module, HasLayerGroups) else source
+        order = " | ".join(", ".join(part) for part in self.blocks)
+        log.info("unfreezing: phases of blocks, %s: %s", source, order)
+        self._show(pl_module, 0)
+        rewrap(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a resume, open at once what was open before: in the middle of an epoch no epoch starts."""
+        self._advance(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open what is due."""
+        self._advance(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open what is due; frozen modules stay in evaluation mode, whoever called `train()`."""
+        self._advance(trainer, pl_module)
+        for module in self._eval:
+            module.training = False
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """In a block's first step, see that gradients arrive."""
+        untried, self._untried = self._untried, {}
+        for block, members in untried.items():
+            missing = [name for name, parameter in members.items() if parameter.grad is None]
+            if missing and (len(missing) == len(members) or _is_compiled(pl_module)):
+                raise RuntimeError(
+                    f"{block} opened at step {self.opening_steps[-1]}, but no gradient reaches {_some(missing)}: does "
+                    "forward() use it, and not under no_grad()? If it is compiled, a graph from before may be in use"
+                )
+            if missing:
+                log.warning("unfreezing: no gradient reaches %s: forward() does not use it", _some(missing))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With `monitor`: the first rank decides, for all, whether the next phase is due."""
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking or self.all_open:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ValueError(f"monitor {self.monitor!r} is not logged; there are {known}")
+        value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        if self.best is None or self.sign * value < self.sign * self.best - self.min_delta:
+            self.best, self.bad_validations = value, 0
+            if self.restore_best:
+                self.best_weights = {name: tensor.detach().clone() for name, tensor in _moving(pl_module)}
+            return
+        self.bad_validations += 1
+        if self.bad_validations > self.patience:
+            self.due, self.best, self.bad_validations = self._shown + 1, None, 0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A last comparison of the ranks' weights."""
+        compare_ranks(trainer, pl_module)
+        if not self.all_open:
+            never = ", ".join(name for part in self.blocks[self._shown + 1 :] for name in part)
+            log.warning("unfreezing: the run ended before these opened: %s", never)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        if stage == "fit":
+            self._hand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As after a fit."""
+        self._hand_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """When phases opened, and what a metric's next decision hangs on."""
+        state: dict[str, Any] = {"opening_steps": list(self.opening_steps)}
+        if self.monitor is not None:
+            names = ("due", "best", "bad_validations", "best_weights")
+            state |= {name: getattr(self, name) for name in names}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the history; what is open follows from it and the progress."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the module to the phase that the progress says."""
+        reached = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        due = self.due if self.monitor is not None else sum(reached[unit] >= at for unit, at in self._boundaries)
+        due = min(max(due, len(self.opening_steps) - 1), len(self.blocks) - 1)
+        before = len(self.opening_steps)
+        self.opening_steps += [trainer.global_step] * (due + 1 - before)
+        if due == self._shown:
+            if before == 0:
+                self._say(trainer, 0)
+            return
+        if before == due:  # not a resume, which finds its phases open
+            compare_ranks(trainer, pl_module)
+            for name, tensor in _moving(pl_module):
+                if name in self.best_weights:
+                    tensor.data.copy_(self.best_weights[name])
+            self.best_weights = {}
+        first = self._shown + 1
+        self._show(pl_module, due)
+        self._untried = dict(chain(*(part.items() for part in self.blocks[first : due + 1])))
+        self._say(trainer, first)
+        rewrap(trainer, pl_module)
+
+    def _show(self, pl_module: LightningModule, phase: int) -> None:
+        """Let `requires_grad` and modes show that phases up to `phase` are open."""
+        for parameter in chain(*self.phases[: phase + 1]):
+            parameter.requires_grad_(True)
+        frozen = close(chain(*self.phases[phase + 1 :]))
+        modules = frozen_modules(pl_module, frozen, dropout=self.frozen_dropout)
+        held = {m for m in modules if m.training} if self._shown < 0 else modules & self._eval
+        for module in self._eval - held:
+            module.training = True
+        self._eval, self._shown = held, phase
+
+    def _say(self, trainer: Trainer, first: int) -> None:
+        """One line, and the same to the loggers, on what is open from now on."""
+        parts = self.blocks[first : self._shown + 1]
+        opened = {p for part in self.phases[first : self._shown + 1] for p in part}
+        rates = {
+            float(group["lr"])
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            if not opened.isdisjoint(group["params"])
+        }
+        log.info(
+            "unfreezing: step %d, epoch %d: %s open, %s at lr %s; %d of %d blocks",
+            trainer.global_step,
+            trainer.current_epoch,
+            ", ".join(name for part in parts for name in part),
+            _counted(opened),
+            " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)})),
+            sum(map(len, self.blocks[: self._shown + 1])),
+            sum(map(len, self.blocks)),
+        )
+        open_parameters = sum(p.numel() for part in self.phases[: self._shown + 1] for p in part)
+        facts = {"unfreezing/phase": float(self._shown), "unfreezing/parameters": float(open_parameters)}
+        for logger in trainer.loggers:
+            logger.log_metrics(facts, step=trainer.global_step)
+
+    def _hand_back(self) -> None:
+        for parameter in chain(*self.phases):
+            parameter.requires_grad_(True)
+        for module in self._eval:
+            module.training = True
+
+
+def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Freeze parameters: no gradient from now on, and none left over for an optimiser to use; returns them."""
+    closed = set(parameters)
+    for parameter in closed:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return closed
+
+
+def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool = False) -> set[nn.Module]:
+    """Modules all of whose parameters are among the frozen ones, and what lies inside them.
+
+    Args:
+        root: The network, never itself among them.
+        frozen: Frozen parameters.
+        dropout: Return only modules with running statistics, so that dropout inside frozen ones stays on.
+    """
+    found: set[nn.Module] = set()
+    for module in root.modules():
+        own = set(module.parameters())
+        if module is not root and own and own <= frozen:
+            found |= set(module.modules())
+    return {m for m in found if getattr(m, "running_mean", None) is not None} if dropout else found
+
+
+def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Under DDP, wrap the module anew, for its reducer serves the parameters that train at the time of wrapping.
+
+    All ranks must call it at the same step, between an update and the next forward pass.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        for parameter in pl_module.parameters():
+            parameter.grad = None  # may be a view into the old reducer's buckets
+        strategy.model = pl_module
+        gc.collect()  # the old reducer's hooks leave the parameters only when it dies
+        strategy.configure_ddp()
+
+
+def compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Stop the run where weights differ between ranks.
+
+    Raises:
+        RuntimeError: They do.
+    """
+    if trainer.world_size > 1:
+        low = weight_hash(pl_module.parameters())
+        high = low.clone()
+        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+        if low != high:
+            raise RuntimeError(
+                f"step {trainer.global_step}: weights differ between ranks, so each trains a model of its own; was a "
+                "parameter changed on one rank only, or left out of DDP's reduction?"
+            )
+
+
+def weight_hash(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A sum over the bits of all numbers, each tensor weighted by its place; one whole number."""
+    total: Tensor | int = 0
+    for place, parameter in enumerate(parameters, 1):
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        total = total + place * parameter.detach().contiguous().view(bits).sum(dtype=torch.int64)
+    return torch.as_tensor(total)
+
+
+def steps_per_epoch(trainer: Trainer) -> float:
+    """Optimiser steps in an epoch; infinite where the data has no length."""
+    batches = float(trainer.num_training_batches)
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which opening parameters later would go wrong.
+
+    Raises:
+        ValueError: The strategy is neither DDP nor a single device.
+    """
+    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise ValueError(
+            f"GradualUnfreezing works on one device and under DDP; {type(trainer.strategy).__name__} fixes what "
+            "trains when it shards the module: use ddp, or Freeze for what never trains"
+        )
+
+
+def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
+    """Each parameter must be in one group of the optimisers."""
+    members = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    known = set(members)
+    lost = [name for part in phases for block in part.values() for name, p in block.items() if p not in known]
+    if lost or len(known) < len(members):
+        fault = (
+            f"in no group of the optimiser: {_some(lost)}" if lost else "a parameter is in two groups of the optimisers"
+        )
+        raise ValueError(f"{fault}; give configure_optimizers every parameter once, frozen or not")
+
+
+def _check_reach(trainer: Trainer, steps: Sequence[float], monitor: str | None, total_steps: float) -> None:
+    """Refuse phases that the run cannot reach, and an early stop that may come before them."""
+    last = max(step for step in steps if math.isfinite(step))
+    if last >= total_steps:
+        raise ValueError(
+            f"the last blocks would open at step {last:g}, but the run has {total_steps:g} optimiser steps: "
+            "open faster, more blocks_per_phase, or train longer"
+        )
+    batches = float(trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
+    for stop in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(stop, EarlyStopping) and not getattr(stop, "waits_for_phases", False):
+            earliest = (stop.patience + 1) * batches / trainer.accumulate_grad_batches
+            spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * trainer.num_training_batches)
+            if monitor is not None or max(earliest, spared) <= last:
+                raise ValueError(
+                    f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "
+                    "blocks open: raise its patience, set min_epochs, or use PhaseAwareEarlyStopping"
+                )
+
+
+def _moving(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What training changes: trainable parameters and buffers."""
+    yield from ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+    yield from module.named_buffers()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
+
+
+Part: TypeAlias = nn.Module | nn.Parameter
+
+
+def _at(module: nn.Module, path: str) -> Part | None:
+    """The submodule or parameter at a path; the module itself at an empty one."""
+    part: Any = module
+    for name in path.split(".") if path else ():
+        part = getattr(part, name, None)
+    return part  # type: ignore[no-any-return]
+
+
+def _parameters(part: Part | None) -> list[nn.Parameter]:
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return list(part.parameters()) if isinstance(part, nn.Module) else []
+
+
+def _children(part: Part) -> dict[str, nn.Module]:
+    """Children that hold parameters."""
+    children = part.named_children() if isinstance(part, nn.Module) else ()
+    return {name: child for name, child in children if _parameters(child)}
+
+
+def _is_sequence(part: Part) -> bool:
+    return isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def _repeats(part: Part) -> bool:
+    """Whether it is a chain: three parts or more, or the layers of a `ModuleList`."""
+    return _is_sequence(part) and len(_children(part)) >= (2 if isinstance(part, nn.ModuleList) else 3)
+
+
+def _split(part: Part, prefix: str) -> list[tuple[str, Part, bool]]:
+    """Own parameters and children of a module: path, part, and whether it is too slight to be a block."""
+    join = f"{prefix}.".lstrip(".")
+    own = part.named_parameters(recurse=False) if isinstance(part, nn.Module) else ()
+    pieces: list[tuple[str, Part, bool]] = [(join + name, parameter, True) for name, parameter in own]
+    for name, child in _children(part).items():
+        pieces.append((join + name, child, all(p.ndim < 2 for p in child.parameters())))
+    return pieces
+
+
+def _pieces(part: Part, prefix: str) -> Iterator[tuple[str, Part, bool]]:
+    """A module taken apart as far as something repeats inside, but no further."""
+    children = _children(part).values()
+    kinds = [type(child) for child in children]
+    alike = _repeats(part) and max(map(kinds.count, kinds)) * 2 > len(kinds)  # a chain of layers of one kind
+    stages = alike or sum(map(_is_sequence, children)) >= 3  # or of stages, such as those of a ResNet
+    for path, piece, slight in _split(part, prefix):
+        whole = slight or (stages and (alike or _is_sequence(piece)))
+        if not whole and isinstance(piece, nn.Module) and any(map(_repeats, piece.modules())):
+            yield from _pieces(piece, path)
+        else:
+            yield path, piece, slight
+
+
+def _counted(parameters: Iterable[nn.Parameter]) -> str:
+    sizes = [parameter.numel() for parameter in parameters]
+    return f"{len(sizes)} tensors, {sum(sizes):,} parameters"
+
+
+def _did_you_mean(pattern: str, names: Iterable[str]) -> str:
+    parts = {part for name in names for part in (name, *name.split("."))}
+    close_ones = difflib.get_close_matches(re.sub(r"[\^$\\]", "", pattern), sorted(parts), n=1)
+    return f"; did you mean {close_ones[0]!r}?" if close_ones else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

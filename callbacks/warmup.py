@@ -1,0 +1,239 @@
+"""Warm up the learning rate of any schedule; each block that opens later, on a clock of its own.
+
+Trainer(callbacks=[LRWarmup(steps=500)])
+Trainer(callbacks=[GradualUnfreezing(every_epochs=1), LRWarmup(steps=100), LearningRateMonitor()])
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+log = logging.getLogger(__name__)
+
+Shape: TypeAlias = Literal["linear", "cosine", "exponential"]
+
+
+@runtime_checkable
+class OpensPhases(Protocol):
+    """A callback that lets parameters join later, such as GradualUnfreezing."""
+
+    phases: Sequence[Sequence[nn.Parameter]]
+    """Parameters that open together, in the order of opening."""
+    opening_steps: Sequence[int]
+    """Optimiser step at which each phase opened; shorter than `phases` while some are frozen."""
+
+
+def ramp(step: int, steps: int, shape: Shape = "linear") -> float:
+    """Factor of a warm-up over `steps` steps: above 0 at step 0, below 1 to its last step, then 1.
+
+    Args:
+        step: Optimiser steps done.
+        steps: Length of the warm-up.
+        shape: `linear`; `cosine`, slow at both ends; `exponential`, a hundredfold in all.
+    """
+    if step >= steps:
+        return 1.0
+    share = (step + 1) / (steps + 1)
+    if shape == "cosine":
+        return (1.0 - math.cos(math.pi * share)) / 2.0
+    return share if shape == "linear" else float(0.01 ** (1.0 - share))
+
+
+class LRWarmup(Callback):
+    """Multiplies whatever rate the schedule says by a ramp from near 0 to 1.
+
+    The rate used in optimiser step t is exactly schedule(t) x ramp(t), whatever the schedule: none, recursive,
+    one-cycle, plateau, per step or per epoch. It is scaled while a batch is trained, so that LearningRateMonitor
+    and loggers see it, and put back before any scheduler or checkpoint reads it. Steps are counted as the Trainer
+    counts them, so accumulation doesn't shorten the warm-up, and resuming takes no state of its own.
+
+    With GradualUnfreezing, blocks that open later warm up from the moment they open, and a group shows a rate of 0
+    while it is frozen. For that, blocks must lie in parameter groups of their own.
+
+    Runs on: start of epochs and batches, around the optimiser's step. Touches: `lr`, and with `momentum` also
+    `momentum` or the first of `betas`, in the optimiser's groups; the order of the Trainer's callbacks.
+
+    Args:
+        steps: Length of the warm-up in optimiser steps; give one of the three.
+        epochs: The same in epochs; may be a fraction.
+        share: The same as a share of the run, 0 to 1.
+        shape: `linear`, `cosine` or `exponential`.
+        momentum: Momentum at the ramp's foot, from where it rises to the optimiser's own.
+        per_block: Whether blocks that open later warm up anew.
+
+    Raises:
+        ValueError: The warm-up doesn't fit into the run; there are several optimisers, or no momentum to warm up; a
+            parameter group holds blocks that open at different times.
+
+    Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
+
+    Example:
+        >>> Trainer(callbacks=[LRWarmup(share=0.05, shape="cosine")])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        epochs: float | None = None,
+        share: float | None = None,
+        shape: Shape = "linear",
+        momentum: float | None = None,
+        per_block: bool = True,
+    ) -> None:
+        given = {"steps": steps, "epochs": epochs, "share": share}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if len(chosen) != 1 or min(chosen.values()) <= 0 or (share or 0) >= 1:
+            raise ValueError(f"LRWarmup needs one of steps, epochs and share (below 1), above 0; received {chosen}")
+        if shape not in ("linear", "cosine", "exponential"):
+            raise ValueError(f"shape must be linear, cosine or exponential; received {shape!r}")
+        self.steps, self.epochs, self.share = steps, epochs, share
+        self.shape: Shape = shape
+        self.momentum, self.per_block = momentum, per_block
+        self._reset()
+
+    def _reset(self) -> None:
+        self.length = 0  # in optimiser steps
+        self.opener: OpensPhases | None = None
+        self._phase_of: list[int] = []  # for each group of the optimiser
+        self._own: list[dict[str, Any]] = []  # what the schedule wrote, while groups are scaled
+        self._stepping = False
+        self._hooks: list[Any] = []
+
+    def planned_length(self, total_steps: float, steps_per_epoch: float) -> int:
+        """Length of the warm-up in optimiser steps.
+
+        Raises:
+            ValueError: It is no shorter than the run, or a share of a run without a known length.
+        """
+        needed = total_steps if self.share is not None else steps_per_epoch if self.epochs is not None else 1
+        if not math.isfinite(needed):
+            raise ValueError("LRWarmup: the data or the run has no length to take a share of: give steps")
+        length = self.steps or round((self.epochs or 0) * steps_per_epoch or (self.share or 0) * total_steps)
+        if length >= total_steps:
+            raise ValueError(f"a warm-up of {length} steps does not fit in a run of {total_steps:g} optimiser steps")
+        return length
+
+    def factor(self, step: int, length: int, opened: int = 0) -> float:
+        """Factor at optimiser step `step` on the rate of a group that opened at step `opened`."""
+        return ramp(step - (opened if self.per_block else 0), length, self.shape)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; go in front of whatever reads rates, behind what opens blocks."""
+        if stage == "fit":
+            self._reset()
+            others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+            openers = [other for other in others if isinstance(other, OpensPhases)]
+            rest = [other for other in others if not isinstance(other, OpensPhases)]
+            self.opener = openers[0] if openers else None  # type: ignore[assignment]
+            trainer.callbacks = [*openers, self, *rest]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the length and each group's phase, and enclose the optimiser's step."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"LRWarmup serves one optimiser; this module has {len(trainer.optimizers)}")
+        optimizer = trainer.optimizers[0]
+        per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        self.length = self.planned_length(trainer.estimated_stepping_batches, per_epoch)
+        phases = self.opener.phases if self.opener and self.per_block else []
+        self._phase_of = phase_of_groups(optimizer, phases)
+        if self.momentum is not None and not all({"momentum", "betas"} & set(g) for g in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no momentum to warm up; leave momentum unset")
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._restore(optimizer)
+            self._scale(optimizer, trainer.global_step)
+            self._stepping = True
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._restore(optimizer)
+            self._stepping = False
+
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        if trainer.global_step < self.length or len(phases) > 1:
+            clocks = ", each block from its opening" if len(phases) > 1 else ""
+            log.info("warm-up: %s over %d optimiser steps%s", self.shape, self.length, clocks)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the rate of the coming step."""
+        self._restore(trainer.optimizers[0])
+        self._scale(trainer.optimizers[0], trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Show the rate of the coming step."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put rates back where no step follows: while gradients accumulate, or a gradient scaler may skip it."""
+        if not self._stepping:
+            self._restore(trainer.optimizers[0])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimiser."""
+        self._let_go(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimiser, before anything saves it."""
+        self._let_go(trainer)
+
+    def _scale(self, optimizer: Optimizer, step: int) -> None:
+        """Keep what the schedule wrote, and write what the step is to use."""
+        opened = self.opener.opening_steps if self.opener and self.per_block else [0]
+        for group, phase in zip(optimizer.param_groups, self._phase_of, strict=True):
+            share = self.factor(step, self.length, opened[phase]) if phase < len(opened) else 0.0
+            self._own.append({key: group[key] for key in ("lr", "momentum", "betas") if key in group})
+            if isinstance(group["lr"], Tensor):
+                self._own[-1]["lr"] = group["lr"].clone()
+                group["lr"].mul_(share)  # a compiled or captured step reads this very tensor
+            else:
+                group["lr"] *= share
+            if self.momentum is not None:
+                if "betas" in group:
+                    group["betas"] = (_between(self.momentum, group["betas"][0], share), *group["betas"][1:])
+                else:
+                    group["momentum"] = _between(self.momentum, group["momentum"], share)
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        """Put back what the schedule wrote."""
+        for group, own in zip(optimizer.param_groups, self._own, strict=False):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(own.pop("lr"))
+            group.update(own)
+        self._own = []
+
+    def _let_go(self, trainer: Trainer) -> None:
+        if self._own:
+            self._restore(trainer.optimizers[0])
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter]]) -> list[int]:
+    """Phase in which each parameter group opens; 0 where no phases are known.
+
+    Raises:
+        ValueError: A group's parameters open at different times.
+    """
+    phase_of = {parameter: index for index, phase in enumerate(phases) for parameter in phase}
+    found = []
+    for index, group in enumerate(optimizer.param_groups):
+        mixed = sorted({phase_of[parameter] for parameter in group["params"] if parameter in phase_of})
+        if len(mixed) > 1:
+            name = group.get("name", index)
+            raise ValueError(
+                f"parameter group {name!r} holds blocks that open at different times and can't warm up one by one: "
+                "make groups by block (layerwise_param_groups does), or set per_block=False"
+            )
+        found.append(mixed[0] if mixed else 0)
+    return found
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share

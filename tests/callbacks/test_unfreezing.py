@@ -1,0 +1,581 @@
+"""Freezing and opening: what trains, what does not, and that no way of running changes it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader
+
+from callbacks import Freeze, GradualUnfreezing, layerwise_param_groups
+from callbacks.unfreezing import check_strategy, find_blocks, frozen_modules, infer_blocks, weight_hash
+from tests.nets import BLOCKS, Net, data, fit, quiet, same, without_dropout
+
+
+class Watch(Callback):
+    """Weights, statistics and what is trainable at each optimiser step."""
+
+    def __init__(self) -> None:
+        self.open: list[set[str]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        self.open.append({n.split(".")[0] for n, p in pl_module.named_parameters() if p.requires_grad} - {"norm"})
+        self.weights.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+    def first_change(self, name: str) -> int:
+        """Step in which a tensor changed first; the number of steps if never."""
+        steps = range(1, len(self.weights))
+        return next((s for s in steps if not self.weights[s][name].equal(self.weights[s - 1][name])), len(self.weights))
+
+
+# What is a block
+
+
+def test_blocks_are_inferred_in_order_and_hold_every_parameter_once() -> None:
+    net = Net()
+    blocks = find_blocks(net)
+    assert list(blocks) == BLOCKS
+    assert list(blocks["mix"]) == ["mix.weight", "mix.bias", "norm.weight", "norm.bias"]  # a norm joins the one before
+    assert "head.up.weight" not in blocks["head"]  # tied: it belongs to mix alone
+    assert sum(map(len, blocks.values())) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "last"),
+    [
+        ("resnet18", 6, "conv1", "fc"),
+        ("resnet50", 6, "conv1", "fc"),
+        ("vgg11", 11, "features.0", "classifier.6"),
+        ("mobilenet_v2", 20, "features.0", "classifier"),
+        ("vit_b_32", 14, "conv_proj", "heads"),
+        ("convnext_tiny", 9, "features.0", "classifier"),
+    ],
+)
+def test_blocks_of_torchvision(name: str, count: int, first: str, last: str) -> None:
+    import torchvision
+
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)()
+    blocks = list(infer_blocks(net))
+    assert (len(blocks), blocks[0], blocks[-1]) == (count, first, last)
+    assert sum(map(len, find_blocks(net).values())) == len(list(net.parameters()))
+
+
+def test_blocks_of_a_transformer() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **sizes))
+    layers = [f"bert.encoder.layer.{n}" for n in range(3)]
+    assert list(infer_blocks(bert)) == ["bert.embeddings", *layers, "bert.pooler", "classifier"]
+
+
+def test_blocks_from_patterns_take_the_first_match() -> None:
+    blocks = find_blocks(Net(), ["stem|layer1", "layer", "."])
+    assert [len(members) for members in blocks.values()] == [5, 3, 7]
+
+
+def test_layer_groups_of_the_module_count() -> None:
+    class Own(Net):
+        def layer_groups(self) -> dict[str, list[str]]:
+            return {"trunk": ["stem", "layer1", "layer2", "mix", "norm"], "top": ["head"]}
+
+    assert list(find_blocks(Own())) == ["trunk", "top"]
+
+
+def test_wrong_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'layer7' holds no parameter.*did you mean 'layer"):
+        find_blocks(Net(), ["layer7", "."])
+    with pytest.raises(ValueError, match=r"in no block: stem\.weight"):
+        find_blocks(Net(), ["layer", "head"])
+    with pytest.raises(ValueError, match="found 1 block in Linear"):
+        GradualUnfreezing().plan(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="order must name each block once"):
+        GradualUnfreezing(order=["head", "stem"]).plan(Net())
+
+
+# Freeze
+
+
+def test_feature_extraction_trains_the_head_alone() -> None:
+    watch = Watch()
+    fit([Freeze(train_last_blocks=1), watch])
+    moved = {name for name in watch.weights[0] if watch.first_change(name) < len(watch.weights)}
+    assert moved == {"head.up.bias", "head.out.weight", "head.out.bias"}
+
+
+def test_freeze_by_pattern_type_and_count() -> None:
+    assert {name.split(".")[0] for name in Freeze(patterns={"layer": False}).chosen(Net())} == {"layer1", "layer2"}
+    norms = set(Freeze(train_last_blocks=0, train_norms=True).chosen(Net()))
+    assert not any("norm" in name for name in norms)
+    bitfit = Freeze(train_last_blocks=1, train_biases=True).chosen(Net())
+    assert bitfit
+    assert not any(name.endswith("bias") or name.startswith("head.out") for name in bitfit)
+    first_wins = Freeze(patterns={r"layer1\.conv": True, "layer1": False}).chosen(Net())
+    assert set(first_wins) == {"layer1.norm.weight", "layer1.norm.bias"}
+
+
+def test_freeze_refuses_what_does_nothing() -> None:
+    with pytest.raises(ValueError, match="needs train_last_blocks"):
+        Freeze()
+    with pytest.raises(ValueError, match="train_last_blocks must be 0 to 5, not 9; blocks: stem"):
+        fit([Freeze(train_last_blocks=9)])
+    with pytest.raises(ValueError, match=r"'layer9' decides on no parameter; did you mean 'layer"):
+        fit([Freeze(patterns={"layer9": False})])
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit([Freeze(patterns={".": False})])
+
+
+def test_freeze_reaches_what_configure_model_builds() -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.saved, self.stem = self.stem, None  # type: ignore[assignment]
+            for name in ("layer1", "layer2", "mix", "norm", "head", "saved"):
+                object.__setattr__(self, f"_{name}", getattr(self, name))
+                delattr(self, name)
+
+        def configure_model(self) -> None:
+            if self.stem is None:
+                self.stem = self._saved
+                for name in ("layer1", "layer2", "mix", "norm", "head"):
+                    setattr(self, name, getattr(self, f"_{name}"))
+
+    watch = Watch()
+    fit([Freeze(train_last_blocks=1), watch], Late())
+    assert watch.first_change("stem.weight") == len(watch.weights) > watch.first_change("head.out.weight")
+
+
+# Frozen means frozen
+
+
+def test_frozen_blocks_keep_weights_statistics_and_modes() -> None:
+    watch = Watch()
+
+    class Rude(Net):
+        def on_train_epoch_start(self) -> None:
+            self.train()  # what many modules do, and what undoes a single call of eval()
+
+    net = fit([GradualUnfreezing(every_steps=6), watch], Rude())
+    assert [sorted(watch.open[s]) for s in (0, 6)] == [["head"], ["head", "mix"]]
+    for block, opened in (("layer2", 12), ("layer1", 18)):
+        for name in ("conv.weight", "norm.weight", "norm.running_mean", "norm.num_batches_tracked"):
+            assert watch.first_change(f"{block}.{name}") == opened, name
+    assert watch.first_change("stem.weight") == 24
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_dropout_in_frozen_blocks_is_off_or_on_by_choice() -> None:
+    net = Net()
+    frozen = {p for name, p in net.named_parameters() if name.startswith("layer1")}
+    assert net.layer1.dropout in frozen_modules(net, frozen)
+    assert frozen_modules(net, frozen, dropout=True) == {net.layer1.norm}
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode")
+def test_modes_that_a_module_chose_itself_stay() -> None:
+    net = Net()
+    net.layer2.norm.eval()
+    fit([GradualUnfreezing(every_steps=2)], net)
+    assert not net.layer2.norm.training
+    assert net.layer2.conv.training
+
+
+def test_what_was_frozen_before_stays_frozen() -> None:
+    net, watch = Net(), Watch()
+    net.stem.requires_grad_(False)
+    fit([GradualUnfreezing(every_steps=2), Freeze(patterns={"layer1": False}), watch], net)
+    end = len(watch.weights)
+    assert watch.first_change("stem.weight") == watch.first_change("layer1.conv.weight") == end
+    assert watch.first_change("layer2.conv.weight") < end
+    assert not net.stem.weight.requires_grad
+    assert net.layer1.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
+        partial(torch.optim.RMSprop, lr=0.01, momentum=0.9),
+        partial(torch.optim.LBFGS, lr=0.1, max_iter=2),
+    ],
+)
+def test_no_optimizer_moves_what_is_frozen(make: Any) -> None:
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=10), watch], Net(make, by_block=False))
+    assert watch.first_change("layer2.conv.weight") == 20
+    assert watch.first_change("head.out.weight") == 1
+
+
+# When blocks open
+
+
+@pytest.mark.parametrize(
+    ("arguments", "openings"),
+    [
+        ({"every_epochs": 1, "blocks_per_phase": 2}, [0, 12, 24]),
+        ({"every_steps": 5}, [0, 5, 10, 15, 20]),
+        ({"over_share": 0.5}, [0, 6, 12, 18, 24]),
+        ({}, [0, 6, 12, 18, 24]),
+        ({"at": [0.25, 30]}, [0, 12, 30]),
+        ({"every_epochs": 1, "blocks_per_phase": None}, [0, 12]),
+        ({"every_steps": 7, "blocks_at_start": 3, "blocks_per_phase": 2}, [0, 7]),
+    ],
+)
+def test_phases_open_where_they_should(arguments: dict[str, Any], openings: list[int]) -> None:
+    watch, unfreezing = Watch(), GradualUnfreezing(**arguments)
+    fit([unfreezing, watch])
+    assert unfreezing.opening_steps == openings
+    counts = [len(names) for names in watch.open]
+    assert [0, *(s for s in range(1, 48) if counts[s] > counts[s - 1])] == openings
+    assert counts[-1] == len(BLOCKS)
+
+
+def test_steps_are_optimiser_steps_under_accumulation() -> None:
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=2), watch], accumulate_grad_batches=3)
+    counts = [len(names) for names in watch.open]
+    assert [s for s in range(1, 48) if counts[s] > counts[s - 1]] == [6, 12, 18, 24]
+
+
+def test_order_may_be_turned_or_given() -> None:
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=5, order="bottom_up"), watch])
+    assert watch.open[0] == {"stem"}
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=5, order=["head", "stem", "layer2", "layer1", "mix"]), watch])
+    assert watch.open[5] == {"head", "stem"}
+
+
+class Scripted(Net):
+    """Logs a metric from a list."""
+
+    values = (5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("score", self.values[min(self.trainer.current_epoch, 7)])
+
+
+def test_a_phase_opens_when_a_metric_stops_improving() -> None:
+    unfreezing = GradualUnfreezing(monitor="score", patience=1, blocks_per_phase=2)
+    fit([unfreezing], Scripted(), max_epochs=8)
+    assert unfreezing.opening_steps == [0, 48, 84]  # bad in epochs 2, 3 and 5, 6, the best starting anew
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"monitor 'acc' is not logged; there are val/loss"):
+        fit([GradualUnfreezing(monitor="acc")])
+
+
+def test_the_best_weights_come_back_before_the_next_phase() -> None:
+    watch = Watch()
+    fit([GradualUnfreezing(monitor="score", patience=1, blocks_per_phase=2, restore_best=True), watch], Scripted())
+
+    class Check(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 48:
+                self.found = pl_module.head["out"].weight.detach().clone()  # type: ignore[index]
+
+    check = Check()
+    unfreezing = GradualUnfreezing(monitor="score", patience=1, blocks_per_phase=2, restore_best=True)
+    fit([unfreezing, check], Scripted(), max_epochs=5)
+    assert torch.equal(check.found, watch.weights[23]["head.out.weight"])  # epoch 1 had the best score
+
+
+# Refused early
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"every_epochs": 1, "every_steps": 1}, "every_epochs and every_steps; give one"),
+        ({"every_steps": 0}, "must be at least 1"),
+        ({"blocks_at_start": 0}, "blocks_at_start must be at least 1"),
+        ({"over_share": 1.5}, "over_share must lie between 0 and 1"),
+        ({"at": [5, 0.5]}, "ascending shares"),
+        ({"restore_best": True}, "restore_best needs monitor"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        GradualUnfreezing(**arguments)
+
+
+def test_a_phase_beyond_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"would open at step 48, but the run has 48 optimiser steps"):
+        fit([GradualUnfreezing(every_epochs=1)])
+
+
+def test_an_early_stop_before_the_last_phase_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"EarlyStopping on val/loss \(patience 1\) could end the run"):
+        fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=1)])
+    fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=2)])
+    fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=1)], min_epochs=3)
+
+
+def test_a_share_of_an_endless_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="a share of the run needs its length"):
+        GradualUnfreezing(over_share=0.5).boundaries(3, float("inf"))
+
+
+def test_an_optimizer_that_lacks_parameters_is_refused() -> None:
+    class Lacking(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.head.parameters())
+
+    with pytest.raises(ValueError, match=r"in no group of the optimiser: mix\.bias, .* and 6 more"):
+        fit([GradualUnfreezing(every_steps=2)], Lacking())
+
+
+def test_an_optimizer_of_trainable_parameters_alone_gets_all() -> None:
+    class Filtering(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=6), watch], Filtering())
+    assert watch.first_change("stem.weight") == 24
+
+
+def test_sharding_strategies_are_refused() -> None:
+    trainer = quiet()
+    trainer.strategy.__class__ = FSDPStrategy
+    with pytest.raises(ValueError, match="FSDPStrategy fixes what trains"):
+        check_strategy(trainer)
+
+
+def test_an_opened_block_without_gradient_stops_the_run() -> None:
+    class Detached(Net):
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                x = self.layer1(self.stem(x))
+            x = self.layer2(x).mean((2, 3))
+            return self.head["out"](self.head["up"](self.norm(torch.relu(self.mix(x)))))
+
+    with pytest.raises(RuntimeError, match=r"layer1 opened at step 6, but no gradient reaches layer1\.conv\.weight"):
+        fit([GradualUnfreezing(every_steps=2)], Detached())
+
+
+# The neighbours' faults
+
+
+def run_to(epoch: int, folder: Path, callbacks: list[Any], **options: Any) -> Path:
+    """A run that is cut off at the end of an epoch; its checkpoint."""
+
+    class Cut(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == epoch
+
+    keep = ModelCheckpoint(dirpath=folder, filename="cut", save_on_train_epoch_end=True, enable_version_counter=False)
+    fit([*callbacks, Cut(), keep], enable_checkpointing=True, **options)
+    return folder / "cut.ckpt"
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("way", [{"every_epochs": 1}, {"every_steps": 10}, {"every_steps": 12}])
+def test_resume_before_at_and_after_each_opening(tmp_path: Path, epoch: int, way: dict[str, int]) -> None:
+    """A resumed run opens what the uninterrupted one had open, in the last of its phases too."""
+
+    def net() -> Net:
+        return without_dropout(Net())  # resuming its randomness is another callback's work
+
+    whole = fit([GradualUnfreezing(**way)], net(), max_epochs=6)
+    checkpoint = run_to(epoch, tmp_path, [GradualUnfreezing(**way)], net=net(), max_epochs=6)
+    unfreezing = GradualUnfreezing(**way)
+    resumed = fit([unfreezing], net(), ckpt_path=checkpoint, max_epochs=6)
+    assert same(whole, resumed)
+    assert unfreezing.opening_steps == [way.get("every_steps", 12) * n for n in range(5)]
+
+
+def test_state_is_plain(tmp_path: Path) -> None:
+    callback = GradualUnfreezing(monitor="score", restore_best=True, blocks_per_phase=2)
+    path = run_to(1, tmp_path, [callback], net=Scripted())
+    saved = torch.load(path, weights_only=True)["callbacks"]
+    (state,) = [value for key, value in saved.items() if "GradualUnfreezing" in key]
+    assert state["opening_steps"] == [0]
+    assert "head.out.weight" in state["best_weights"]
+
+
+def test_one_object_serves_two_fits() -> None:
+    unfreezing = GradualUnfreezing(every_steps=6)
+    one, other = fit([unfreezing]), fit([unfreezing])
+    assert same(one, other)
+    freeze = Freeze(train_last_blocks=1)
+    assert same(fit([freeze]), fit([freeze]))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(schedulers.LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / 10)),
+        partial(schedulers.OneCycleLR, max_lr=[1e-2] * 10, total_steps=48),
+        partial(schedulers.CosineAnnealingWarmRestarts, T_0=8),
+        partial(schedulers.ReduceLROnPlateau, min_lr=[1e-4] * 10),
+    ],
+    ids=["lambda", "one-cycle", "restarts", "plateau"],
+)
+def test_schedulers_survive_an_opening(scheduler: Any) -> None:
+    watch = Watch()
+    interval = "epoch" if scheduler.func is schedulers.ReduceLROnPlateau else "step"
+    fit([GradualUnfreezing(every_steps=6), watch], Net(scheduler=scheduler, interval=interval))
+    assert watch.first_change("stem.weight") == 24
+
+
+def test_swa_survives_an_opening() -> None:
+    watch = Watch()
+    fit([GradualUnfreezing(every_steps=6), StochasticWeightAveraging(1e-3, swa_epoch_start=3), watch])
+    assert watch.first_change("stem.weight") == 24
+
+
+def test_groups_rates_and_decay_stay_as_they_were_configured() -> None:
+    """No group is added, no rate overwritten, no bias decayed, no fresh norm left out."""
+
+    class Look(Callback):
+        def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            groups = trainer.optimizers[0].param_groups
+            self.seen = [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in groups]
+            self.members = {p for g in groups for p in g["params"]}
+
+    net, look = Net(), Look()
+    wanted = layerwise_param_groups(net, lr=1e-2, layer_decay=0.9, weight_decay=0.1)
+    fit([GradualUnfreezing(every_steps=6), look], net)
+    assert look.seen == [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in wanted]
+    assert look.members == set(net.parameters())
+    assert {g["weight_decay"] for g in wanted if g["name"].endswith("no_decay")} == {0.0}
+    assert [g["lr"] for g in wanted if g["name"] in ("stem", "head")] == [1e-2 * 0.9**4, 1e-2]
+
+
+def test_every_change_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "callbacks.unfreezing"):
+        fit([GradualUnfreezing(every_steps=12)], max_epochs=5)
+    lines = [record.getMessage() for record in caplog.records if record.name == "callbacks.unfreezing"]
+    assert lines[0] == "unfreezing: phases of blocks, inferred: head | mix | layer2 | layer1 | stem"
+    assert lines[1] == "unfreezing: step 0, epoch 0: head open, 3 tensors, 44 parameters at lr 0.01; 1 of 5 blocks"
+    assert lines[3].startswith("unfreezing: step 24, epoch 2: layer2 open, 3 tensors, 592 parameters at lr 0.0081;")
+
+
+# Two ranks
+
+
+class Report(Callback):
+    """Each rank writes what it saw, for the test to read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        strategy = trainer.strategy
+        report = {"weights": pl_module.state_dict(), "bytes": getattr(strategy, "moved", []), "dead": self.dead()}
+        torch.save(report, self.folder / f"rank{trainer.global_rank}.pt")
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.first = weakref.ref(trainer.strategy.model)
+
+    def dead(self) -> bool:
+        """Whether the wrapper of the beginning is gone."""
+        return self.first() is None
+
+
+class Counting(DDPStrategy):
+    """Counts the bytes that each step reduces."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.moved = getattr(self, "moved", [])
+
+        def count(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations, and not as strings
+            self.moved.append((self.lightning_module.trainer.global_step, bucket.buffer().numel() * 4))
+            return default_hooks.allreduce_hook(None, bucket)
+
+        self.model.register_comm_hook(None, count)  # type: ignore[union-attr, operator]
+
+
+def two_ranks(tmp_path: Path, callbacks: list[Any], net: Net, **options: Any) -> list[dict[str, Any]]:
+    options = {"strategy": Counting(start_method="fork"), **options}
+    fit([*callbacks, Report(tmp_path)], net, devices=2, **options)
+    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+class Halved(Net):
+    """Each of two ranks takes every second sample, in order; one process takes twice the batch."""
+
+    def train_dataloader(self) -> Any:
+        world = self.trainer.world_size
+        return DataLoader(data().dataset, 8 // world, sampler=range(self.trainer.global_rank, 48, world))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.05, momentum=0.9), torch.optim.AdamW])
+def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path, accumulate: int, make: Any) -> None:
+    def net() -> Net:
+        return without_dropout(Halved(make, batch_norm=False))
+
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5, "max_epochs": 6}
+    options |= {"use_distributed_sampler": False, "train": None}
+    every = GradualUnfreezing(every_steps=4 if accumulate == 1 else 2)
+    one, other = two_ranks(tmp_path, [every], net(), **options)
+    alone = fit([every], net(), **options).state_dict()
+    assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
+    assert max((alone[name] - tensor).abs().max() for name, tensor in one["weights"].items()) < 1e-5
+    assert one["dead"]
+
+
+def test_frozen_bytes_are_not_reduced(tmp_path: Path) -> None:
+    one, _ = two_ranks(tmp_path, [GradualUnfreezing(every_steps=4)], Net())
+    moved: dict[int, int] = {}
+    for step, size in one["bytes"]:
+        moved[step] = moved.get(step, 0) + size
+    sizes = [sum(p.numel() * 4 for p in members.values()) for members in find_blocks(Net()).values()][::-1]
+    assert [moved[step] for step in (1, 5, 9, 13, 17)] == [sum(sizes[: n + 1]) for n in range(5)]
+
+
+def test_replicas_that_differ_stop_the_run(tmp_path: Path) -> None:
+    class Drift(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 2:
+                pl_module.stem.bias.data[0] += 1e-6  # type: ignore[union-attr, operator]
+
+    with pytest.raises(Exception, match="step 4: weights differ between ranks"):
+        two_ranks(tmp_path, [GradualUnfreezing(every_steps=4), Drift()], Net())
+
+
+def test_sync_batch_norm_stays_in_evaluation_mode() -> None:
+    """The strategy converts after `setup`; what is frozen is looked for after that."""
+
+    net, freeze = Net(), Freeze(train_last_blocks=2)
+    freeze.setup(quiet(), net, "fit")
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    freeze.on_fit_start(quiet(), converted)
+    freeze.on_train_batch_start(quiet(), converted, None, 0)
+    assert not converted.layer1.norm.training
+    assert converted.norm.training
+
+
+def test_the_hash_sees_one_bit_and_a_swap() -> None:
+    one, two = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+    before = weight_hash([one, two])
+    assert weight_hash([two, one]) != before
+    one.data[3] = torch.nextafter(one.data[3], torch.tensor(9.0))
+    assert weight_hash([one, two]) != before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes a minute on a processor")
+def test_a_compiled_net_trains_what_opens() -> None:
+    net, watch = Net(), Watch()
+    net.compile()
+    fit([GradualUnfreezing(every_steps=6), watch], net)
+    assert watch.first_change("stem.weight") == 24

@@ -1,0 +1,284 @@
+"""The rate used is schedule(t) x ramp(t), exactly, whatever the schedule and however the run is made."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+
+from callbacks import GradualUnfreezing, LRWarmup
+from callbacks.warmup import phase_of_groups, ramp
+from tests.nets import Net, fit, same, without_dropout
+
+
+class Rates(Callback):
+    """The rates and momenta that each optimiser step really used, and those a monitor would show."""
+
+    def __init__(self) -> None:
+        self.used: list[list[float]] = []
+        self.shown: list[list[float]] = []
+        self.momenta: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        def keep(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self.used.append([float(group["lr"]) for group in optimizer.param_groups])
+            group = optimizer.param_groups[0]
+            self.momenta.append(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+        trainer.optimizers[0].register_step_pre_hook(keep)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.shown.append([float(group["lr"]) for group in trainer.optimizers[0].param_groups])
+
+
+SGD = partial(torch.optim.SGD, momentum=0.9)
+SCHEDULES: dict[str, Any] = {
+    "none": None,
+    "lambda": partial(schedulers.LambdaLR, lr_lambda=lambda step: 1.0 / (1 + step)),
+    "multiplicative": partial(schedulers.MultiplicativeLR, lr_lambda=lambda step: 0.97),
+    "step": partial(schedulers.StepLR, step_size=5),
+    "multistep": partial(schedulers.MultiStepLR, milestones=[3, 9]),
+    "constant": partial(schedulers.ConstantLR, total_iters=5),
+    "linear": partial(schedulers.LinearLR, total_iters=10),
+    "exponential": partial(schedulers.ExponentialLR, gamma=0.95),
+    "polynomial": partial(schedulers.PolynomialLR, total_iters=40),
+    "cosine": partial(schedulers.CosineAnnealingLR, T_max=48),
+    "restarts": partial(schedulers.CosineAnnealingWarmRestarts, T_0=10),
+    "one-cycle": partial(schedulers.OneCycleLR, max_lr=1e-2, total_steps=48),
+    "cyclic": partial(schedulers.CyclicLR, base_lr=1e-3, max_lr=1e-2, step_size_up=7),
+    "plateau": partial(schedulers.ReduceLROnPlateau, patience=0, threshold=10.0),
+    "sequential": lambda optimizer: schedulers.SequentialLR(
+        optimizer,
+        [schedulers.LinearLR(optimizer, total_iters=5), schedulers.CosineAnnealingLR(optimizer, T_max=40)],
+        milestones=[5],
+    ),
+    "chained": lambda optimizer: schedulers.ChainedScheduler(
+        [schedulers.LinearLR(optimizer, total_iters=5), schedulers.CosineAnnealingLR(optimizer, T_max=40)]
+    ),
+}
+
+
+def used(callbacks: list[Any], net: Net, **options: Any) -> Rates:
+    rates = Rates()
+    fit([*callbacks, rates], net, **options)
+    return rates
+
+
+# The ramp
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential"])
+def test_the_ramp_rises_from_above_zero_to_one(shape: Any) -> None:
+    values = [ramp(step, 10, shape) for step in range(12)]
+    assert 0.0 < values[0] < 0.1
+    assert values == sorted(values)
+    assert values[9] < 1.0 == values[10] == values[11]
+    assert ramp(0, 0) == 1.0
+
+
+def test_the_linear_ramp_is_the_one_of_the_papers() -> None:
+    assert [ramp(step, 3) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+# Any schedule
+
+
+@pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rate_is_schedule_times_ramp_to_the_last_bit(name: str, interval: str) -> None:
+    if name == "plateau" and interval == "step":
+        pytest.skip("it needs a metric, which comes once per epoch")
+    net = partial(Net, SGD, SCHEDULES[name], interval)
+    plain = used([], net()).used
+    warm = used([LRWarmup(steps=20)], net())
+    assert len(plain) == 48
+    assert warm.used == [[rate * ramp(t, 20) for rate in rates] for t, rates in enumerate(plain)]
+    assert warm.shown == warm.used  # what LearningRateMonitor sees
+
+
+def test_transformers_own_schedule() -> None:
+    transformers = pytest.importorskip("transformers")
+    linear = partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=0, num_training_steps=48)
+    plain, warm = used([], Net(SGD, linear)).used, used([LRWarmup(share=0.25)], Net(SGD, linear)).used
+    assert warm == [[rate * ramp(t, 12) for rate in rates] for t, rates in enumerate(plain)]
+    assert min(map(min, warm)) > 0.0  # theirs begins with a step at a rate of 0, ours does not
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "fp16"])
+def test_optimiser_steps_are_counted(accumulate: int, precision: str) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
+    if precision == "fp16":
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu")]
+    else:
+        options["precision"] = precision
+    cosine = partial(schedulers.CosineAnnealingLR, T_max=16)
+    plain, warm = (used(c, Net(SGD, cosine), **options) for c in ([], [LRWarmup(steps=8)]))
+    skipped = 48 // accumulate - len(plain.used)  # by the gradient scaler, at first
+    assert warm.used == [[r * ramp(t + skipped, 8) for r in rates] for t, rates in enumerate(plain.used)]
+    assert len(warm.used) > 8
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the very first step is skipped
+def test_a_step_that_the_scaler_skips_leaves_the_schedule_alone() -> None:
+    def run(callbacks: list[Any]) -> Rates:
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**24))
+        return used(callbacks, Net(SGD, partial(schedulers.CosineAnnealingLR, T_max=48)), plugins=[plugin])
+
+    plain, warm = run([]), run([LRWarmup(steps=20)])
+    assert len(plain.used) < 48
+    skipped = 48 - len(plain.used)
+    assert warm.used == [[r * ramp(t + skipped, 20) for r in rates] for t, rates in enumerate(plain.used)]
+
+
+def test_lbfgs() -> None:
+    make = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+    assert [r for (r,) in used([LRWarmup(steps=4)], Net(make, by_block=False), max_epochs=1).used[:5]] == [
+        0.1 * ramp(t, 4) for t in range(5)
+    ]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 1}, {"share": 0.25}, {"steps": 12}, {"epochs": 0.5}])
+def test_length_in_steps_epochs_or_share(length: dict[str, Any]) -> None:
+    warmup = LRWarmup(**length)
+    fit([warmup])
+    assert warmup.length == (6 if length == {"epochs": 0.5} else 12)
+
+
+def test_momentum_warms_up_and_comes_back() -> None:
+    cycle = partial(schedulers.OneCycleLR, max_lr=1e-2, total_steps=48)
+    for make, scheduler in ((SGD, None), (torch.optim.AdamW, None), (SGD, cycle)):
+        plain = used([], Net(make, scheduler)).momenta
+        warm = used([LRWarmup(steps=10, momentum=0.5)], Net(make, scheduler)).momenta
+        assert warm == [0.5 + (own - 0.5) * ramp(t, 10) for t, own in enumerate(plain)]
+
+
+def test_a_rate_that_is_a_tensor() -> None:
+    class Tensors(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=torch.tensor(0.5, dtype=torch.float64))
+
+    warm = used([LRWarmup(steps=4)], Tensors()).used
+    assert [rate for (rate,) in warm[:6]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+
+
+def test_the_monitor_sees_the_rate_wherever_it_stands(tmp_path: Path) -> None:
+    for callbacks in ([LearningRateMonitor(), LRWarmup(steps=4)], [LRWarmup(steps=4), LearningRateMonitor()]):
+        logger = CSVLogger(tmp_path)
+        fit(callbacks, Net(SGD, by_block=False), logger=logger, log_every_n_steps=1, max_epochs=1)
+        rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
+        shown = [float(row["lr-SGD"]) for row in rows if row["lr-SGD"]]
+        assert shown[:5] == [1e-3 * ramp(t, 4) for t in range(5)]
+
+
+# A clock for each block
+
+
+def test_blocks_that_open_later_warm_up_from_their_opening() -> None:
+    unfreezing = GradualUnfreezing(every_steps=10)
+    rates = used([LRWarmup(steps=4), unfreezing], Net(SGD))
+    opened = [40, 40, 30, 30, 20, 20, 10, 10, 0, 0]  # stem to head, each with a group of no decay
+    base = [1e-2 * 0.9 ** (4 - n // 2) for n in range(10)]
+    for t, seen in enumerate(rates.used):
+        expected = [b * ramp(t - o, 4) if t >= o else 0.0 for b, o in zip(base, opened, strict=True)]
+        assert seen == expected, t
+    assert rates.shown == rates.used
+
+
+def test_one_clock_for_all_by_choice() -> None:
+    rates = used([LRWarmup(steps=4, per_block=False), GradualUnfreezing(every_steps=10)], Net(SGD, by_block=False))
+    assert [r for (r,) in rates.used] == [1e-3 * ramp(t, 4) for t in range(48)]
+
+
+def test_a_flat_optimizer_is_refused_with_a_way_out() -> None:
+    with pytest.raises(ValueError, match=r"group 0 holds blocks that open at different times.*layerwise_param_groups"):
+        fit([LRWarmup(steps=4), GradualUnfreezing(every_steps=10)], Net(SGD, by_block=False))
+
+
+def test_blocks_that_open_together_may_share_a_group() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD([{"params": net.stem.parameters()}, {"params": net.layer1.parameters()}], lr=0.1)
+    phases = [list(net.layer1.parameters()), list(net.stem.parameters())]
+    assert phase_of_groups(optimizer, phases) == [1, 0]
+
+
+# Resuming, and refusing
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("name", ["none", "cosine", "one-cycle", "sequential"])
+def test_resume_goes_on_bitwise(tmp_path: Path, name: str, epoch: int) -> None:
+    class Cut(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == epoch
+
+    def net() -> Net:
+        return without_dropout(Net(SGD, SCHEDULES[name]))
+
+    def callbacks() -> list[Any]:
+        return [LRWarmup(steps=15), GradualUnfreezing(every_steps=9)]
+
+    whole = fit(callbacks(), net())
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="cut", save_on_train_epoch_end=True, enable_version_counter=False)
+    fit([*callbacks(), Cut(), keep], net(), enable_checkpointing=True)
+    assert same(whole, fit(callbacks(), net(), ckpt_path=tmp_path / "cut.ckpt"))
+
+
+def test_one_object_serves_two_fits() -> None:
+    warmup = LRWarmup(steps=10)
+    assert used([warmup], Net(SGD)).used == used([warmup], Net(SGD)).used
+
+
+def test_rates_are_put_back_when_the_run_breaks() -> None:
+    class Breaking(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.global_step == 3:
+                self.seen = self.trainer.optimizers[0].param_groups[0]
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    net = Breaking(SGD, by_block=False)
+    with pytest.raises(RuntimeError, match="broken"):
+        fit([LRWarmup(steps=10)], net)
+    assert net.seen["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "needs one of steps, epochs and share"),
+        ({"steps": 3, "share": 0.1}, "needs one of"),
+        ({"steps": 0}, "above 0"),
+        ({"share": 1.0}, "below 1"),
+        ({"steps": 3, "shape": "wavy"}, "shape must be linear, cosine or exponential; received 'wavy'"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LRWarmup(**arguments)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="a warm-up of 48 steps does not fit in a run of 48 optimiser steps"):
+        fit([LRWarmup(epochs=4)])
+    with pytest.raises(ValueError, match="Adadelta has no momentum"):
+        fit([LRWarmup(steps=4, momentum=0.5)], Net(torch.optim.Adadelta))
+
+    class Two(Net):
+        def configure_optimizers(self) -> Any:
+            self.automatic_optimization = False
+            return [torch.optim.SGD(m.parameters(), 0.1) for m in (self.stem, nn.ModuleList([self.mix, self.head]))]
+
+    with pytest.raises(ValueError, match="serves one optimiser; this module has 2"):
+        fit([LRWarmup(steps=4)], Two())
