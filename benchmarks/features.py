@@ -31,7 +31,8 @@ def fit(root: str, *options: str) -> tuple[float, dict[str, float]]:
     cli = main(
         [
             *("fit", "--test", "--config", "vision/folder_resnet50", "--model.backbone=resnet18"),
-            *("--model.weights=null", "--model.image_size=64", "--model.train_blocks=0", "--data.augment=none"),
+            *("--model.weights=null", "--model.image_size=64", "--data.augment=none"),
+            *("--trainer.callbacks+=Freeze", "--trainer.callbacks.train_last_blocks=1"),
             *(f"--data.root={root}", "--trainer.max_epochs=10", f"--trainer.default_root_dir={root}-runs"),
             *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.precision=32-true"),
             *options,

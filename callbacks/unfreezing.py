@@ -185,6 +185,7 @@ class Freeze(Callback):
         self.train_last_blocks, self.patterns = train_last_blocks, dict(patterns or {})
         self.train_norms, self.train_biases, self.frozen_dropout = train_norms, train_biases, frozen_dropout
         self.frozen: set[nn.Parameter] = set()
+        self.frozen_parameters = 0  # how many numbers that are
         self.eval: set[nn.Module] = set()  # modules held in evaluation mode
 
     def chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -216,6 +217,7 @@ class Freeze(Callback):
         """Freeze what is chosen; does nothing where that has been done."""
         if not self.frozen:
             self.frozen = close(self.chosen(module).values())
+            self.frozen_parameters = sum(parameter.numel() for parameter in self.frozen)
             trains = sum(p.numel() for p in module.parameters() if p.requires_grad)
             log.info("freeze: %s frozen, %s parameters train", _counted(self.frozen), f"{trains:,}")
 
@@ -403,9 +405,19 @@ class GradualUnfreezing(Callback):
         return [("step", max(math.ceil(p * total_steps - 1e-9), 1) if p < 1 else int(p)) for p in points[: len(count)]]
 
     def planned_steps(self, phases: int, total_steps: float, steps_per_epoch: float) -> list[float]:
-        """Optimiser step at which each phase opens; with a metric, of the first alone."""
+        """Optimiser step at which each phase opens; with a metric, of the first alone.
+
+        Raises:
+            ValueError: The run ends before the last one.
+        """
         ends = self.boundaries(phases, total_steps)
-        return [0, *(number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
+        steps = [0, *(number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
+        if total_steps <= steps[-1] < math.inf:
+            raise ValueError(
+                f"the last blocks would open at step {steps[-1]:g}, but the run has {total_steps:g} optimiser steps: "
+                "open faster, more blocks_per_phase, or train longer"
+            )
+        return steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
@@ -427,9 +439,8 @@ class GradualUnfreezing(Callback):
         _check_groups(trainer, self.blocks)
         total = trainer.estimated_stepping_batches
         self._boundaries = self.boundaries(len(self.blocks), total)
-        _check_reach(
-            trainer, self.planned_steps(len(self.blocks), total, steps_per_epoch(trainer)), self.monitor, total
-        )
+        last = self.planned_steps(len(self.blocks), total, steps_per_epoch(trainer))[-1]
+        _check_early_stops(trainer, math.inf if self.monitor is not None else last)
         source = "inferred" if self.patterns is None else "patterns"
         source = "layer_groups()" if self.patterns is None and isinstance(pl_module, HasLayerGroups) else source
         order = " | ".join(", ".join(part) for part in self.blocks)
@@ -673,20 +684,14 @@ def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
         raise ValueError(f"{fault}; give configure_optimizers every parameter once, frozen or not")
 
 
-def _check_reach(trainer: Trainer, steps: Sequence[float], monitor: str | None, total_steps: float) -> None:
-    """Refuse phases that the run cannot reach, and an early stop that may come before them."""
-    last = max(step for step in steps if math.isfinite(step))
-    if last >= total_steps:
-        raise ValueError(
-            f"the last blocks would open at step {last:g}, but the run has {total_steps:g} optimiser steps: "
-            "open faster, more blocks_per_phase, or train longer"
-        )
+def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
+    """Refuse an early stop that may come before the last blocks open."""
     batches = float(trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
+    spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * steps_per_epoch(trainer))
     for stop in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(stop, EarlyStopping) and not getattr(stop, "waits_for_phases", False):
             earliest = (stop.patience + 1) * batches / trainer.accumulate_grad_batches
-            spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * trainer.num_training_batches)
-            if monitor is not None or max(earliest, spared) <= last:
+            if max(earliest, spared) <= last_opening:
                 raise ValueError(
                     f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "
                     "blocks open: raise its patience, set min_epochs, or use PhaseAwareEarlyStopping"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,19 +49,20 @@ def show_plan(cli: Any, samples: int | None) -> None:
         f"{total} in all",
         highlight=False,
     )
+    phases = plan_phases(trainer.callbacks, model, total, steps_per_epoch)
     optimizer = build_optimizer(model.optimizer, model.param_groups())
-    rows = describe(optimizer)
-    if not any(row.trainable for row in rows):
-        raise ValueError("no parameter trains: raise model.train_blocks")
     if isinstance(optimizer, torch.optim.LBFGS) and trainer.accumulate_grad_batches > 1:
         raise ValueError(
             "L-BFGS evaluates its closure several times a step: it needs trainer.accumulate_grad_batches=1"
         )
+    rows = describe(optimizer)
+    if not any(row.trainable for row in rows):
+        raise ValueError("no parameter trains: let Freeze leave something")
     schedule = model.schedule(optimizer, total)
-    turns = {0: "start"}
     if not isinstance(schedule, Schedule):
         raise ValueError(f"plan knows the schedules of recipes.parts.schedules only, not {type(schedule).__name__}")
-    for name, step in schedule.turning_points().items():
+    turns = {0: "start"}
+    for name, step in [*schedule.turning_points().items(), *phases.turning_points().items()]:
         if 0 < step < total - 1:
             turns[step] = f"{turns[step]}, {name}" if step in turns else name
     turns[total - 1] = "end"
@@ -72,7 +74,8 @@ def show_plan(cli: Any, samples: int | None) -> None:
     for step, name in sorted(turns.items()):
         table.add_column(f"{name}\nstep {step}", justify="right")
     for row, group, base in zip(rows, optimizer.param_groups, schedule.base_lrs, strict=True):
-        rates = [f"{base * schedule.factor(step):.3g}" if row.trainable else "frozen" for step in sorted(turns)]
+        factors = [(phases.factor(group["params"], step), schedule.factor(step)) for step in sorted(turns)]
+        rates = [f"{base * mine * its:.3g}" if row.trainable and mine else "frozen" for mine, its in factors]
         decay = group.get("weight_decay")
         table.add_row(
             row.name,
@@ -84,6 +87,57 @@ def show_plan(cli: Any, samples: int | None) -> None:
     console.print(table)
     if isinstance(schedule, Plateau):
         console.print(f"and a factor of {schedule.drop:g} whenever {schedule.monitor} stops improving")
+    for name, parameters in phases.waiting.items():
+        console.print(f"{name} ({parameters:,} parameters) open whenever {phases.monitor} stops improving")
+
+
+@dataclass
+class Phases:
+    """What opens when, and how rates warm up: read off callbacks that offer it."""
+
+    opens: dict[str, int] = field(default_factory=dict)  # names of blocks -> optimiser step
+    waiting: dict[str, int] = field(default_factory=dict)  # names of blocks that wait for a metric -> parameters
+    monitor: str | None = None
+    opened_at: dict[torch.nn.Parameter, float] = field(default_factory=dict)
+    warmup: Any = None
+    warmup_length: int = 0
+
+    def turning_points(self) -> dict[str, int]:
+        """Optimiser steps at which blocks open and the warm-up ends."""
+        end = {"warm-up ends": self.warmup_length} if self.warmup else {}
+        return {f"{names} opens": step for names, step in self.opens.items() if step} | end
+
+    def factor(self, parameters: Sequence[torch.nn.Parameter], step: int) -> float:
+        """Factor on a group's rate: 0 while all of it is frozen, less than 1 while it warms up."""
+        opened = min((self.opened_at.get(parameter, 0) for parameter in parameters), default=0)
+        if step < opened:
+            return 0.0
+        return float(self.warmup.factor(step, self.warmup_length, int(opened))) if self.warmup else 1.0
+
+
+def plan_phases(callbacks: Sequence[Any], model: torch.nn.Module, total: int, steps_per_epoch: int) -> Phases:
+    """Ask the callbacks: one that freezes, one that opens blocks, one that warms up."""
+    phases = Phases()
+    for callback in callbacks:
+        if hasattr(callback, "freeze"):
+            callback.freeze(model)
+    for callback in callbacks:
+        if hasattr(callback, "planned_steps"):
+            parts = callback.plan(model)
+            steps = callback.planned_steps(len(parts), total, steps_per_epoch)
+            phases.monitor = callback.monitor
+            for part, step in zip(parts, [*steps, *[math.inf] * len(parts)], strict=False):
+                parameters = [parameter for members in part.values() for parameter in members.values()]
+                phases.opened_at |= dict.fromkeys(parameters, step)
+                names = ", ".join(part)
+                if step < math.inf:
+                    phases.opens[names] = int(step)
+                else:
+                    phases.waiting[names] = sum(parameter.numel() for parameter in parameters)
+        if hasattr(callback, "planned_length"):
+            phases.warmup = callback
+            phases.warmup_length = callback.planned_length(total, steps_per_epoch)
+    return phases
 
 
 def training_samples(data: Any) -> tuple[int, str]:

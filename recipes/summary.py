@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ def print_summary(cli: RecipeCLI, tested: Mapping[str, float] | None = None) -> 
 def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tuple[str, str]]:
     """The rows, as plain text."""
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    rows = [("data", describe_data(data)), ("model", describe_model(model))]
+    rows = [("data", describe_data(data)), ("model", describe_model(model, cli.trainer.callbacks))]  # type: ignore[attr-defined]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cli.subcommand == "fit" else ""
     if cli.subcommand == "fit":
@@ -71,12 +71,13 @@ def describe_data(data: Any) -> str:
     return f"{text}; {skipped} unreadable pictures skipped" if skipped else text
 
 
-def describe_model(model: Any) -> str:
-    """Backbone and the trainable share of its parameters."""
+def describe_model(model: Any, callbacks: Sequence[Any] = ()) -> str:
+    """Backbone and the share of its parameters that trained; callbacks that freeze say how many they did."""
     total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(getattr(callback, "frozen_parameters", 0) for callback in callbacks)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - frozen
     name = model.hparams.get("backbone", type(model).__name__)
-    return f"{name}, {total / 1e6:.2f} M parameters, {trainable / total:.1%} of them trainable"
+    return f"{name}, {total / 1e6:.2f} M parameters, {trained / total:.1%} of them trained"
 
 
 def describe_metrics(figures: Mapping[str, float]) -> str:

@@ -59,8 +59,6 @@ class VisionClassifier(LightningModule):
         head_hidden: Width of the hidden layer of `mlp`.
         head_dropout: Probability of dropping a feature before each linear layer of the head.
         head_init: How the head starts: default, kaiming, xavier, normal or zeros.
-        train_blocks: How many of the backbone's last blocks train: all if not given, 0 for feature extraction.
-            Frozen blocks stay in evaluation mode: their BatchNorm keeps its statistics.
         reinit_blocks: How many of the backbone's last blocks start from fresh weights (Zhang et al. 2021,
             https://arxiv.org/abs/2006.05987).
         loss: `cross_entropy` or `focal`.
@@ -94,7 +92,6 @@ class VisionClassifier(LightningModule):
         head_hidden: int = 512,
         head_dropout: float = 0.0,
         head_init: HeadInit = "default",
-        train_blocks: int | None = None,
         reinit_blocks: int = 0,
         loss: LossKind = "cross_entropy",
         label_smoothing: float = 0.0,
@@ -137,7 +134,6 @@ class VisionClassifier(LightningModule):
         )
         self.aux_weight, self.optimizer, self.schedule = aux_weight, optimizer, schedule
         self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
-        self.frozen = self._freeze(train_blocks)
         self.metrics = nn.ModuleDict(
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
@@ -271,27 +267,6 @@ class VisionClassifier(LightningModule):
             "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
         }
 
-    def train(self, mode: bool = True) -> VisionClassifier:
-        """Training mode for all but the frozen blocks."""
-        super().train(mode)
-        for module in getattr(self, "frozen", ()):
-            module.eval()
-        return self
-
-    def _freeze(self, train_blocks: int | None) -> list[nn.Module]:
-        blocks = list(self.backbone.blocks.items())
-        if train_blocks is None:
-            return []
-        if not 0 <= train_blocks <= len(blocks):
-            raise ValueError(f"model.train_blocks must be 0 to {len(blocks)} for this backbone, not {train_blocks}")
-        modules = []
-        for _, paths in blocks[: len(blocks) - train_blocks]:
-            for part in map(functools.partial(_find, self.backbone), paths):
-                part.requires_grad_(False)
-                if isinstance(part, nn.Module):
-                    modules.append(part.eval())
-        return modules
-
     def _reinitialise(self, fresh: nn.Module, last: int) -> None:
         blocks = list(self.backbone.blocks.values())
         if not 0 < last <= len(blocks):
@@ -300,10 +275,6 @@ class VisionClassifier(LightningModule):
         start = fresh.state_dict()
         chosen = {k: v for k, v in start.items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
         self.backbone.load_state_dict(chosen, strict=False)
-
-
-def _find(module: nn.Module, path: str) -> nn.Module | nn.Parameter:
-    return functools.reduce(getattr, path.split("."), module)  # type: ignore[arg-type, return-value]
 
 
 class VisionCLI(RecipeCLI):
@@ -339,6 +310,9 @@ class VisionCLI(RecipeCLI):
         """Compute the features of a frozen backbone, if asked to."""
         config = self.config[self.subcommand]
         if config.feature_views:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "freeze"):  # before the fit would do it
+                    callback.freeze(self.model)
             folder = Path(config.trainer.default_root_dir or ".") / "runs" / "features"
             precompute(self.model, self.datamodule, config.feature_views, folder)  # type: ignore[arg-type]
 
@@ -356,7 +330,7 @@ def precompute(model: VisionClassifier, data: Any, views: int, folder: Path) -> 
         ValueError: The backbone trains, or pictures are mixed: features would be wrong after a step.
     """
     if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        raise ValueError("feature_views needs a frozen backbone: set model.train_blocks to 0")
+        raise ValueError("feature_views needs a frozen backbone: add the callback Freeze with train_last_blocks=1")
     if data.mixup or data.cutmix:
         raise ValueError("feature_views can't mix pictures: set data.mixup and data.cutmix to 0")
     data.prepare_data()
