@@ -158,7 +158,7 @@ def build_optimizer(
     built = optimizer([dict(group) for group in groups])
     for group in built.param_groups:
         lr = group["lr"] * group.pop("lr_scale", 1.0)
-        group["lr"], group["initial_lr"] = lr, copy.copy(lr)
+        group["lr"], group["initial_lr"] = lr, copy.deepcopy(lr)  # a copy of a tensor would share its memory
         if not decays:
             group.pop("weight_decay", None)
         fusible = "sparse" not in group.pop("kinds", []) and _can_fuse(built, group)
