@@ -78,7 +78,7 @@ class Batches:
 
 
 class Classifier(LightningModule):
-    """A ResNet-20 with a head of five classes for each task; `task` says which one is learnt or asked.
+    """A ResNet-20 with a head of five classes for each task; `task`, or the batch, says which one is learnt.
 
     Args:
         tasks: Number of heads.
@@ -112,6 +112,8 @@ class Classifier(LightningModule):
         return self.heads[self.task](self.backbone(images.contiguous(memory_format=torch.channels_last)))  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if len(batch) == 3:
+            self.task = batch[2]
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -1,7 +1,34 @@
 """Lightning callbacks for fine-tuning; each file stands alone."""
 
+from .averaging import EMA, Interpolation
+from .clipping import AGC, AutoClip
+from .constraints import Constrain, RateBounds
+from .ewc import EWC
+from .guards import PhaseAwareEarlyStopping, StopOnNonFinite
+from .penalties import L1, L2, L2SP
 from .predictions import PredictionWriter
+from .resume import AtomicCheckpointIO, ExactResume
 from .unfreezing import Freeze, GradualUnfreezing, layerwise_param_groups
 from .warmup import LRWarmup
 
-__all__ = ["Freeze", "GradualUnfreezing", "LRWarmup", "PredictionWriter", "layerwise_param_groups"]
+__all__ = [
+    "AGC",
+    "EMA",
+    "EWC",
+    "L1",
+    "L2",
+    "L2SP",
+    "AtomicCheckpointIO",
+    "AutoClip",
+    "Constrain",
+    "ExactResume",
+    "Freeze",
+    "GradualUnfreezing",
+    "Interpolation",
+    "LRWarmup",
+    "PhaseAwareEarlyStopping",
+    "PredictionWriter",
+    "RateBounds",
+    "StopOnNonFinite",
+    "layerwise_param_groups",
+]

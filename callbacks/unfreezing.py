@@ -448,16 +448,12 @@ class GradualUnfreezing(Callback):
         self._show(pl_module, 0)
         rewrap(trainer, pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume, open at once what was open before: in the middle of an epoch no epoch starts."""
-        self._advance(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open what is due."""
         self._advance(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Open what is due; frozen modules stay in evaluation mode, whoever called `train()`."""
+        """Open what is due, also after a resume amid an epoch; frozen modules stay in evaluation mode."""
         self._advance(trainer, pl_module)
         for module in self._eval:
             module.training = False
@@ -585,6 +581,7 @@ class GradualUnfreezing(Callback):
             parameter.requires_grad_(True)
         for module in self._eval:
             module.training = True
+        self.phases, self._eval = [], set()
 
 
 def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:

@@ -22,6 +22,7 @@ import torch
 from jsonargparse import SUPPRESS, ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
@@ -198,6 +199,11 @@ class RecipeCLI(LightningCLI):
             if self.subcommand == "fit":
                 kwargs["logger"].append(TensorBoardLogger(**where, default_hp_metric=False))
         given: list[Callback] = list(config["callbacks"] or [])
+        if any(isinstance(callback, LearningRateFinder) for callback in given):
+            names.stop(
+                "LearningRateFinder gives every parameter group the same rate, and here they differ by block: leave "
+                "it out and try model.optimizer.lr at three values"
+            )
         own = self.default_callbacks(has_logger=config["logger"] is not False)
         has_bar = any(isinstance(other, ProgressBar) for other in given)
         if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in given):
@@ -238,6 +244,8 @@ class RecipeCLI(LightningCLI):
             own.append(ModelCheckpoint(monitor=monitor, mode=mode, filename="best", **where))
             # One of its own: `save_last` above would write only when the best changes.
             own.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where))
+        if self.subcommand == "fit":
+            own += [callbacks.ExactResume(), callbacks.StopOnNonFinite()]
         if self.subcommand == "fit" and has_logger:
             own.append(LearningRateMonitor("step"))
         if self.subcommand == "predict":

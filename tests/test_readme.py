@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from benchmarks.readme import filled
 from recipes import names
+from tests.nets import Net, data
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -27,8 +29,18 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert filled(README) == README, "python -m benchmarks.readme"
 
 
+@pytest.fixture
+def your_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project of the reader, whose module and data the examples use."""
+    project = types.ModuleType("your_project")
+    vars(project).update(Net=Net, train_loader=data(), val_loader=data(8, seed=1))
+    monkeypatch.setitem(sys.modules, "your_project", project)
+
+
+@pytest.mark.filterwarnings("ignore")  # a reader's Trainer has a bar, a logger and few workers
 @pytest.mark.parametrize("number", range(len(CODE)))
-def test_the_code_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_runs(number: int, capsys: pytest.CaptureFixture[str], your_project: None) -> None:
+    assert len(CODE[number].strip().splitlines()) <= 12
     exec(compile(CODE[number], f"README block {number}", "exec"), {"__name__": "readme"})
     assert "Traceback" not in capsys.readouterr().err
 
@@ -55,3 +67,10 @@ def test_every_config_and_key_that_is_named_exists() -> None:
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text()
     test_command = next(command for command in COMMANDS if "pytest" in command)
     assert test_command.removeprefix(".venv/bin/python -m ") in ci, "CI runs README's test command"
+
+
+def test_every_test_that_is_named_exists() -> None:
+    home, named = Path(__file__).parent, re.findall(r"`([a-z_/]+\.py)::(test_\w+)`", README)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (home / file).read_text(), f"{file}::{test}"

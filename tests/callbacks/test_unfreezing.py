@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from callbacks import Freeze, GradualUnfreezing, layerwise_param_groups
-from callbacks.unfreezing import check_strategy, find_blocks, frozen_modules, infer_blocks, weight_hash
+from callbacks.unfreezing import check_strategy, close, find_blocks, frozen_modules, infer_blocks, weight_hash
 from tests.nets import BLOCKS, Net, data, fit, quiet, same, without_dropout
 
 
@@ -175,6 +175,14 @@ def test_frozen_blocks_keep_weights_statistics_and_modes() -> None:
     assert watch.first_change("stem.weight") == 24
     assert all(module.training for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_no_gradient_is_left_over() -> None:
+    net = Net()
+    net(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert net.stem.weight.grad is not None
+    assert close([net.stem.weight]) == {net.stem.weight}
+    assert net.stem.weight.grad is None
 
 
 def test_dropout_in_frozen_blocks_is_off_or_on_by_choice() -> None:

@@ -111,6 +111,12 @@ def test_a_mistake_gets_a_sentence(
     assert not (own_folder / "runs").exists(), "a mistake leaves no run behind"
 
 
+def test_a_learning_rate_finder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*QUICK, "--trainer.callbacks+=LearningRateFinder"])
+    assert "gives every parameter group the same rate" in capsys.readouterr().err
+
+
 def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug in a library")

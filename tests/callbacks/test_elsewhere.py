@@ -1,0 +1,175 @@
+"""The callbacks in projects that know nothing of them: two from the registry, an empty one, and any LightningCLI."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import callbacks as package
+from callbacks import EWC, GradualUnfreezing, LRWarmup
+from tests.nets import Net, quiet
+
+HOME = Path(package.__file__ or "").parent
+
+
+class Pictures(Dataset[Any]):
+    """Twelve pictures in three classes, as a dictionary or a pair."""
+
+    def __init__(self, as_dict: bool) -> None:
+        self.as_dict = as_dict
+        self.targets = [n % 3 for n in range(12)]
+        self.images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        label = torch.tensor(self.targets[index])
+        return {"image": self.images[index], "label": label} if self.as_dict else (self.images[index], label)
+
+
+def torchgeo() -> tuple[LightningModule, DataLoader[Any]]:
+    trainers = pytest.importorskip("torchgeo.trainers")
+    task = trainers.ClassificationTask(model="resnet18", num_classes=3, lr=1e-3)
+    return task, DataLoader(Pictures(as_dict=True), batch_size=3)
+
+
+def torch_uncertainty() -> tuple[LightningModule, DataLoader[Any]]:
+    routines = pytest.importorskip("torch_uncertainty.routines")
+    import torchvision
+
+    net = torchvision.models.resnet18(num_classes=3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    routine = routines.ClassificationRoutine(net, 3, nn.CrossEntropyLoss(), optim_recipe=optimizer)
+    return routine, DataLoader(Pictures(as_dict=False), batch_size=3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of theirs
+@pytest.mark.parametrize("project", [torchgeo, torch_uncertainty])
+class TestOtherProjects:
+    """Their modules, unchanged."""
+
+    def test_gradual_unfreezing(self, project: Any) -> None:
+        module, train = project()
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        unfreezing = GradualUnfreezing(every_steps=1, blocks_per_phase=2)
+        quiet(callbacks=[unfreezing], max_steps=2, limit_val_batches=0).fit(module, train)
+        moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+        assert {name.split(".")[1] for name in moved} == {"fc", "layer4", "layer3"}
+        assert unfreezing.opening_steps == [0, 1]
+
+    def test_warmup(self, project: Any) -> None:
+        module, train = project()
+        rates = []
+
+        class Watching(LRWarmup):
+            def on_after_backward(self, trainer: Any, pl_module: LightningModule) -> None:
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+                super().on_after_backward(trainer, pl_module)
+
+        quiet(callbacks=[Watching(steps=4)], max_epochs=2, limit_val_batches=0).fit(module, train)
+        assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+
+    def test_ewc(self, project: Any, tmp_path: Path) -> None:
+        module, train = project()
+        options: dict[str, Any] = {"limit_val_batches": 0, "max_epochs": 1}
+        quiet(callbacks=[EWC(save=tmp_path / "a.safetensors")], **options).fit(module, train)
+        start = {name: p.detach().clone() for name, p in module.named_parameters()}
+        distance = {}
+        for strength in (0.0, 1e8):
+            with torch.no_grad():
+                for name, p in module.named_parameters():
+                    p.copy_(start[name])
+            ewc = EWC(strength=strength, load=tmp_path / "a.safetensors")
+            quiet(callbacks=[ewc], **options).fit(module, train)
+            distance[strength] = sum(float((p - start[n]).norm()) for n, p in module.named_parameters())
+        assert distance[1e8] < 0.5 * distance[0.0]
+
+
+SCRIPT = """
+import sys
+for name in ("callbacks", "recipes", "datamodules", "torchvision", "transformers"):
+    sys.modules[name] = None  # importing it fails
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Linear(4, 2)
+    def forward(self, x):
+        return self.head(self.body(x))
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 4), torch.arange(12) % 2), 3)
+def fit(*callbacks):
+    trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=list(callbacks), logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Plain(), data)
+"""
+
+USES = {
+    "unfreezing": "from unfreezing import GradualUnfreezing\nfit(GradualUnfreezing(every_steps=2))",
+    "warmup": "from warmup import LRWarmup\nfit(LRWarmup(steps=2))",
+    "ewc": "from ewc import EWC\nfit(EWC(save='a.safetensors'))\nfit(EWC(load='a.safetensors'))",
+}
+
+
+def test_each_file_alone_in_an_empty_project(own_folder: Path) -> None:
+    """Copied one by one into a folder where nothing else of this collection can be imported."""
+    lines = [SCRIPT]
+    for path in sorted(HOME.glob("[a-z]*.py")):
+        (own_folder / path.stem).mkdir()
+        shutil.copy(path, own_folder / path.stem)
+        lines.append(
+            f"sys.path.insert(0, {path.stem!r})\n{USES.get(path.stem, f'import {path.stem}')}\nsys.path.pop(0)"
+        )
+    (own_folder / "script.py").write_text("\n".join([*lines, "print('all of them work')"]))
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
+    assert "all of them work" in done.stdout, done.stderr[-2000:]
+
+
+def test_from_the_yaml_of_any_lightning_cli(own_folder: Path) -> None:
+    class Project(Net):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def train_dataloader(self) -> Any:
+            labels = torch.arange(48) % 4
+            return DataLoader(TensorDataset(torch.randn(48, 3, 6, 6), labels), batch_size=4)
+
+    Path("config.yaml").write_text(
+        """
+trainer:
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  accelerator: cpu
+  callbacks:
+    - class_path: callbacks.GradualUnfreezing
+      init_args: {every_steps: 4, blocks_per_phase: 2}
+    - class_path: callbacks.LRWarmup
+      init_args: {steps: 3}
+    - class_path: callbacks.EWC
+      init_args: {save: fisher.safetensors}
+"""
+    )
+    cli = LightningCLI(Project, save_config_callback=None, args=["fit", "--config", "config.yaml"])
+    found = {type(callback).__name__: callback for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
+    assert found["GradualUnfreezing"].opening_steps == [0, 4, 8]
+    assert found["LRWarmup"].length == 3
+    assert Path("fisher.safetensors").is_file()

@@ -1,0 +1,237 @@
+"""What every callback of this collection promises, whichever it is: a new one is tested without anyone asking.
+
+`CASES` says how each is built; a callback that is missing there fails. All run on a net with BatchNorm, LayerNorm,
+dropout and a tied weight, with shuffled data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+import pkgutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader
+
+import callbacks as package
+from callbacks import EWC, ExactResume
+from tests.nets import Net, data, fit
+
+CASES: dict[str, dict[str, Any]] = {
+    "AGC": {"ratio": 0.001},
+    "AutoClip": {"percentile": 5.0},
+    "Constrain": {"pattern": "weight", "maximum": 0.1},
+    "EMA": {"decay": 0.9},
+    "EWC": {"strength": 1e3, "load": "fisher.safetensors"},
+    "ExactResume": {"seed": 5},
+    "Freeze": {"train_last_blocks": 2},
+    "GradualUnfreezing": {"over_share": 0.4},
+    "Interpolation": {"share": 0.5},
+    "L1": {"strength": 0.1},
+    "L2": {"strength": 0.1},
+    "L2SP": {"strength": 10.0, "exclude": ["^head"]},
+    "LRWarmup": {"steps": 3},
+    "PhaseAwareEarlyStopping": {"monitor": "val/loss", "patience": 50},
+    "PredictionWriter": {},
+    "RateBounds": {"maximum": 1e-4},
+    "StopOnNonFinite": {},
+}
+WATCH = {"ExactResume", "PhaseAwareEarlyStopping", "PredictionWriter", "StopOnNonFinite"}  # these leave weights alone
+FOUND: dict[str, type[Callback]] = {
+    kind.__name__: kind
+    for info in pkgutil.iter_modules(package.__path__)
+    for kind in vars(importlib.import_module(f"callbacks.{info.name}")).values()
+    if inspect.isclass(kind) and issubclass(kind, Callback) and kind.__module__ == f"callbacks.{info.name}"
+    if not kind.__name__.startswith("_")
+}
+NAMES = sorted(FOUND)
+
+PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "fp32": lambda: {"gradient_clip_val": 0.5},
+    "bf16": lambda: {"precision": "bf16-mixed"},
+    "fp16": lambda: {"plugins": [MixedPrecision("16-mixed", "cpu")]},
+}
+
+SGD = partial(torch.optim.SGD, momentum=0.9)
+LBFGS = partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+
+
+def make(name: str) -> Callback:
+    return FOUND[name](**CASES[name])
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(data(24).dataset, batch_size=4, shuffle=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fisher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What EWC starts from: the Fisher information of a short fit."""
+    path = tmp_path_factory.mktemp("fisher") / "fisher.safetensors"
+    fit([EWC(save=path)], max_epochs=1)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def with_fisher(fisher: Path, own_folder: Path) -> None:
+    (own_folder / "fisher.safetensors").write_bytes(fisher.read_bytes())
+
+
+def run(callbacks: list[Any], net: Net | None = None, **options: Any) -> Net:
+    """A short fit with shuffling and dropout, all of it decided by the seed."""
+    if not any(isinstance(callback, ExactResume) for callback in callbacks):
+        callbacks = [ExactResume(seed=1), *callbacks]
+    return fit(callbacks, net, train=shuffled(), **{"max_epochs": 2, **options})
+
+
+def weights(net: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Bitwise, through dictionaries and lists."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def test_every_callback_is_exported_and_has_a_case() -> None:
+    assert set(NAMES) == set(CASES)
+    assert set(NAMES) <= set(package.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_does(name: str) -> None:
+    text = inspect.getdoc(FOUND[name]) or ""
+    assert "Runs on:" in text
+    assert "Touches:" in text
+    assert "Example:" in text
+    own = inspect.signature(FOUND[name]).parameters if "__init__" in vars(FOUND[name]) else ()
+    assert all(f"{argument}:" in text for argument in own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_pickles(name: str) -> None:
+    assert type(pickle.loads(pickle.dumps(make(name)))) is FOUND[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_round_trips_through_yaml(name: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    config = parser.parse_object({"callback": {"class_path": f"callbacks.{name}", "init_args": CASES[name]}})
+    again = parser.parse_string(parser.dump(config))
+    assert type(parser.instantiate_classes(again).callback) is FOUND[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_instance_serves_two_fits(name: str) -> None:
+    callback = make(name)
+    assert equal(weights(run([callback])), weights(run([callback])))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - WATCH))
+def test_it_acts(name: str) -> None:
+    assert not equal(weights(run([make(name)])), weights(run([])))
+
+
+@pytest.mark.parametrize("name", sorted(WATCH - {"ExactResume"}))
+def test_it_leaves_weights_alone(name: str) -> None:
+    assert equal(weights(run([make(name)])), weights(run([])))
+
+
+# Precision x accumulation x clipping x optimiser, in one process
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a scaler may skip the first step
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "LBFGS"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_works_however_the_step_is_made(name: str, precision: str, accumulate: int, optimizer: str) -> None:
+    """Finite and repeatable, or refused in a sentence."""
+    if optimizer == "LBFGS" and (accumulate > 1 or precision == "fp16"):
+        pytest.skip("Lightning's closure and L-BFGS don't go together there")
+    makers: dict[str, Any] = {
+        "AdamW": partial(torch.optim.AdamW, fused=precision == "fp16"),
+        "SGD": SGD,
+        "LBFGS": LBFGS,
+    }
+    options = {**PRECISIONS[precision](), "accumulate_grad_batches": accumulate}
+
+    def once() -> Net:
+        by_block = optimizer != "LBFGS"
+        scheduler = partial(schedulers.CosineAnnealingLR, T_max=12)
+        return run([make(name)], Net(makers[optimizer], scheduler, by_block=by_block), **options)
+
+    try:
+        first = once()
+    except ValueError as error:
+        assert optimizer == "LBFGS", error
+        assert "L-BFGS" in str(error)
+        return
+    assert all(tensor.isfinite().all() for tensor in first.state_dict().values())
+    options = {**PRECISIONS[precision](), "accumulate_grad_batches": accumulate}
+    assert equal(weights(first), weights(once()))
+
+
+# Two ranks
+
+
+class Weights(Callback):
+    """Each rank writes its weights."""
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        torch.save(weights(pl_module), f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_stay_equal(name: str, precision: str, accumulate: int) -> None:
+    options = {**PRECISIONS[precision](), "accumulate_grad_batches": accumulate}
+    options |= {"devices": 2, "strategy": "ddp_fork", "max_epochs": 4}
+    run([make(name), Weights()], Net(batch_norm=False), **options)
+    assert equal(torch.load("rank0.pt"), torch.load("rank1.pt"))
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, accumulate: int) -> None:
+    """Bitwise, with shuffling and dropout, from every step: before, at and after each change, amid an epoch."""
+
+    def net() -> Net:
+        return Net(SGD, partial(schedulers.OneCycleLR, max_lr=1e-2, total_steps=12 * 3 // accumulate))
+
+    options: dict[str, Any] = {"max_epochs": 6, "gradient_clip_val": 1.0, "accumulate_grad_batches": accumulate}
+    keep = ModelCheckpoint(dirpath="all", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = run([make(name), keep], net(), enable_checkpointing=True, **options)
+    files = sorted(Path("all").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    assert len(files) == 36 // accumulate
+    end = weights(whole), whole.trainer.optimizers[0].state_dict(), whole.lr_schedulers().state_dict()  # type: ignore[union-attr]
+    for path in files[: 14 : 1 if accumulate > 1 else 2]:
+        saved = torch.load(path, weights_only=True)  # tensors and plain types
+        assert saved["global_step"] == int(path.stem.split("=")[1])
+        resumed = run([make(name)], net(), ckpt_path=path, **options)
+        scheduler = resumed.lr_schedulers().state_dict()  # type: ignore[union-attr]
+        found = weights(resumed), resumed.trainer.optimizers[0].state_dict(), scheduler
+        assert equal(found, end), path
