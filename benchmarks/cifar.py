@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Classifier(LightningModule):
         layer_decay: 1.0 for one rate.
         weight_decay: Of weights; norms and biases have none.
         frozen_statistics: Keep BatchNorm in evaluation mode.
+        optimizer: Called with the parameter groups and `lr`.
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class Classifier(LightningModule):
         layer_decay: float = 1.0,
         weight_decay: float = 0.01,
         frozen_statistics: bool = False,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone("resnet20")
         self.heads = nn.ModuleList(nn.Linear(64, 5) for _ in range(tasks))
         self.lr, self.layer_decay, self.weight_decay = lr, layer_decay, weight_decay
-        self.frozen_statistics, self.task = frozen_statistics, 0
+        self.frozen_statistics, self.optimizer, self.task = frozen_statistics, optimizer, 0
         self.to(memory_format=torch.channels_last)
 
     def layer_groups(self) -> dict[str, list[str]]:
@@ -123,7 +125,7 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = param_groups(self, self.layer_groups(), weight_decay=self.weight_decay, layer_decay=self.layer_decay)
-        optimizer = build_optimizer(partial(torch.optim.AdamW, lr=self.lr), groups)
+        optimizer = build_optimizer(partial(self.optimizer, lr=self.lr), groups)
         schedule = Cosine(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -138,11 +140,14 @@ class Classifier(LightningModule):
         return right / len(data[1])
 
 
-def fit(model: Classifier, batches: Batches, epochs: int = 1, callbacks: Sequence[Any] = ()) -> Classifier:
-    """Fit in place, on this processor."""
+def fit(
+    model: Classifier, batches: Any, epochs: int = 1, callbacks: Sequence[Any] = (), clip: float | None = None
+) -> Classifier:
+    """Fit in place, on this processor, with gradients clipped to norm `clip`."""
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
+        gradient_clip_val=clip,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,

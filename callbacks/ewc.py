@@ -1159,7 +1159,8 @@ class EWC(Callback):
     weights, `ewc/penalty` and `ewc/ratio` (penalty to loss) in steps that log, one file.
 
     Args:
-        strength: Weight of the penalty. In the mode `proximal` 1e2 to 1e6 is worth a try.
+        strength: Weight of the penalty. In the mode `proximal` 1e3 to 1e6 is worth a try with SGD; a step of Adam does
+            not shrink with its gradient, and takes far more to be held.
         mode: `proximal` or `gradient`.
         load: Files to start from, each of other tasks.
         save: Where to write the Fisher at the end of the fit; `fisher.safetensors` in the trainer's log folder if

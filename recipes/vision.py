@@ -124,6 +124,7 @@ class VisionClassifier(LightningModule):
         self.aux_heads = nn.ModuleList(new_head(width=width) for width in self.backbone.aux_widths)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
+        self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, hits, samples; always fp32
         self.balanced = isinstance(class_weights, str)
         fixed = None if class_weights is None or self.balanced else torch.as_tensor(class_weights, dtype=torch.float)
         if fixed is not None and len(fixed) != num_classes:
@@ -190,7 +191,7 @@ class VisionClassifier(LightningModule):
         return loss
 
     def on_train_epoch_start(self) -> None:
-        self.epoch_sums = torch.zeros(3, device=self.device)  # loss, hits, samples; fp32 under any precision
+        self.epoch_sums = torch.zeros(3, device=self.device)
 
     def on_train_epoch_end(self) -> None:
         """Means over the epoch; summed here because `self.log` in every step costs much of a small step."""

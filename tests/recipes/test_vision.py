@@ -81,6 +81,22 @@ def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the checkpoints lie outside their run
+def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one() -> None:
+    """With shuffling, augmentation and dropout, from the middle of an epoch and from its last step."""
+    options = ["--trainer.max_epochs=3", "--model.head_dropout=0.3", "--data.augment=standard", "--data.mixup=0.2"]
+    keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    keep += [
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.dirpath=steps",
+        "--trainer.callbacks.filename={step}",
+    ]
+    whole = main([*QUICK, *options, *keep]).model.state_dict()
+    for step in (4, 17, 30):
+        resumed = main([*QUICK, *options, f"--ckpt_path=steps/step={step}.ckpt"])
+        assert same(whole, resumed.model.state_dict()), step
+
+
 def test_what_is_configured_now_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     options = ["--trainer.max_epochs=1", "--model.schedule=Constant"]
     first = main([*QUICK, *options])
