@@ -66,14 +66,47 @@ def speed() -> str:
     return f"On {training['hardware']['processor']}, without a GPU and without bf16 in hardware:\n\n" + "\n".join(lines)
 
 
+def with_range(row: dict[str, float]) -> str:
+    """A mean and its range over the seeds."""
+    return f"{row['mean']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
+
+
+def forgetting() -> str:
+    """Two tasks one after the other: what is kept of the first, by the way of learning the second."""
+    figures = result("split_cifar")
+    rows = [(name, row) for name, row in figures.items() if isinstance(row, dict) and "average" in row]
+    lines = ["| way of learning B | accuracy on A | on B | average |", "|---|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(with_range(row[key]) for key in ('a', 'b', 'average'))} |" for name, row in rows]
+    return f"A before B: {figures['a_before']:.3f}; {figures['seeds']} seeds; split_cifar.json.\n\n" + "\n".join(lines)
+
+
+def few_images() -> str:
+    """Ways of fine-tuning by number of images."""
+    figures = result("few_images")
+    columns = {name: row for name, row in figures.items() if name.endswith("per class")}
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for way in next(iter(columns.values())):
+        cells = [f"{with_range(column[way])}, {column[way]['cpu_s']:.0f} s" for column in columns.values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return f"Test accuracy, {figures['seeds']} seeds, CPU seconds of one fit; few_images.json.\n\n" + "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README with its generated parts made anew."""
-    for name, make in {"quickstart": quickstart, "configs": configs, "speed": speed}.items():
+    for name, make in PARTS.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda found, make=make: found[1] + make() + found[2], text, flags=re.DOTALL)
         assert count == 1, name
     return text
 
+
+PARTS = {
+    "quickstart": quickstart,
+    "configs": configs,
+    "forgetting": forgetting,
+    "few": few_images,
+    "speed": speed,
+}
 
 if __name__ == "__main__":
     README.write_text(filled(README.read_text()))

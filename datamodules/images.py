@@ -169,6 +169,10 @@ class ImageDataModule(LightningDataModule):
         loader.sampler.set_epoch(view or 0)  # type: ignore[attr-defined]
         return loader
 
+    def fisher_dataloader(self) -> DataLoader[Batch]:
+        """The training pictures as they are, for a callback that takes stock of the finished fit."""
+        return self.view_dataloader("train", None)
+
     def _loader(
         self, split: str, *, train: bool = False, shuffle: bool = False, world: int | None = None, rank: int = 0
     ) -> DataLoader[Batch]:

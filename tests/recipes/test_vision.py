@@ -97,6 +97,19 @@ def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one() -> None:
         assert same(whole, resumed.model.state_dict()), step
 
 
+def test_ewc_holds_the_first_digits_while_others_are_learnt() -> None:
+    ewc = ["--trainer.callbacks+=EWC", "--trainer.max_epochs=1"]
+    first = main([*QUICK, *ewc, "--trainer.callbacks.save=a.safetensors", "--trainer.callbacks.samples=100"])
+    distance = []
+    for strength in ("0", "1e9"):
+        load = ["--trainer.callbacks.load=a.safetensors", f"--trainer.callbacks.strength={strength}"]
+        start = ["--model.weights=null", "--data.classes=[0,1,2,3,4]", "--trainer.callbacks.exclude=[head]"]
+        cli = main([*QUICK, *ewc, *load, *start])
+        pairs = zip(first.model.backbone.parameters(), cli.model.backbone.parameters(), strict=True)
+        distance.append(sum(float((one - other).detach().norm()) for one, other in pairs))
+    assert distance[1] < distance[0]
+
+
 def test_what_is_configured_now_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     options = ["--trainer.max_epochs=1", "--model.schedule=Constant"]
     first = main([*QUICK, *options])
