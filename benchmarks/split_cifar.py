@@ -73,7 +73,7 @@ def take_fisher(model: Classifier, path: Path) -> None:
 
 
 def ways(fisher: Path) -> dict[str, list[Callback]]:
-    """Ways of learning B, each with what it takes."""
+    """Ways of learning B, each with what it takes; the rate is 0.05 where the name says no other."""
     from callbacks import EWC, L2SP
 
     found: dict[str, list[Callback]] = {"fine-tuning": []}
@@ -82,7 +82,8 @@ def ways(fisher: Path) -> dict[str, list[Callback]]:
         for strength in strengths:
             callback = EWC(strength, mode=mode, load=fisher, exclude=["^heads"], consolidate=False)  # type: ignore[arg-type]
             found[f"EWC {mode} {strength:.0e}"] = [callback]
-    return found | {"joint training": []}
+    held = EWC(1e4, load=fisher, exclude=["^heads"], consolidate=False)
+    return found | {"joint training": [], "EWC proximal 1e+04, rate 0.1": [held]}
 
 
 def run(seed: int) -> None:
@@ -99,9 +100,10 @@ def run(seed: int) -> None:
     for name, callbacks in ways(fisher).items():
         if name in done:
             continue
+        rate = 0.1 if name.endswith("rate 0.1") else 0.05
         seed_everything(seed, verbose=False)
         model = Classifier(
-            tasks=2, lr=0.05, weight_decay=5e-4, frozen_statistics=True, optimizer=partial(SGD, momentum=0.9)
+            tasks=2, lr=rate, weight_decay=5e-4, frozen_statistics=True, optimizer=partial(SGD, momentum=0.9)
         )
         model.load_state_dict(start.state_dict())
         model.task = 1
@@ -150,7 +152,7 @@ def draw(figures: dict[str, Any], before: float) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for label in ("EWC proximal", "EWC gradient", "L2-SP"):
-        chosen = {name: row for name, row in figures.items() if name.startswith(label)}
+        chosen = {name: row for name, row in figures.items() if name.startswith(label) and "rate" not in name}
         points = [(row["a"]["mean"], row["b"]["mean"]) for row in chosen.values()]
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
         for name, point in zip(chosen, points, strict=True):
