@@ -86,7 +86,10 @@ def few_images() -> str:
     columns = {name: row for name, row in figures.items() if name.endswith("per class")}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for way in next(iter(columns.values())):
-        cells = [f"{with_range(column[way])}, {column[way]['cpu_s']:.0f} s" for column in columns.values()]
+        cells = [
+            f"{with_range(column[way])}, {column[way]['cpu_s']:.0f} s" if way in column else "not measured yet"
+            for column in columns.values()
+        ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return f"Test accuracy, {figures['seeds']} seeds, CPU seconds of one fit; few_images.json.\n\n" + "\n".join(lines)
 

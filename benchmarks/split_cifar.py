@@ -82,8 +82,11 @@ def ways(fisher: Path) -> dict[str, list[Callback]]:
         for strength in strengths:
             callback = EWC(strength, mode=mode, load=fisher, exclude=["^heads"], consolidate=False)  # type: ignore[arg-type]
             found[f"EWC {mode} {strength:.0e}"] = [callback]
-    held = EWC(1e4, load=fisher, exclude=["^heads"], consolidate=False)
-    return found | {"joint training": [], "EWC proximal 1e+04, rate 0.1": [held]}
+    found["joint training"] = []
+    for strength in (1e3, 1e4):
+        callback = EWC(strength, load=fisher, exclude=["^heads"], consolidate=False)
+        found[f"EWC proximal {strength:.0e}, rate 0.1"] = [callback]
+    return found
 
 
 def run(seed: int) -> None:
