@@ -110,6 +110,7 @@ def test_ewc_holds_the_first_digits_while_others_are_learnt() -> None:
     assert distance[1] < distance[0]
 
 
+@pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_what_is_configured_now_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     options = ["--trainer.max_epochs=1", "--model.schedule=Constant"]
     first = main([*QUICK, *options])
@@ -300,6 +301,7 @@ def test_the_schedule_counts_optimiser_steps_under_accumulation() -> None:
     assert max(ratio) - min(ratio) < 1e-6, "every group is at the same point of its schedule"
 
 
+@pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_plateau_hears_its_metric_once_per_validation_and_survives_a_resume() -> None:
     plateau = ["--model.schedule=Plateau", "--model.schedule.monitor=val/loss", "--model.schedule.mode=max"]
     options = [*plateau, "--model.schedule.patience=1", "--model.schedule.drop=0.5", "--trainer.max_epochs=6"]
@@ -342,6 +344,7 @@ def test_the_last_checkpoint_is_the_last_though_nothing_improves() -> None:
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
+@pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_resumed_run_keeps_its_folder_and_its_best(own_folder: Path) -> None:
     first = main([*QUICK, "--trainer.max_epochs=2"])
     folder = Path(first.trainer.log_dir or "")
@@ -376,6 +379,7 @@ def test_other_classes_than_the_checkpoints_are_refused(own_folder: Path, capsys
     assert "the checkpoint's classes are class_0, class_1, class_2" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_run_that_skips_broken_pictures_can_be_tested_and_resumed(own_folder: Path) -> None:
     root = write_folder(own_folder / "pictures", (), each=12)
     for name in ("0.jpg", "5.jpg"):
