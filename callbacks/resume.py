@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 WORD = (1 << 64) - 1
+HOST = socket.gethostname().split(".")[0]
 EPOCH, VALIDATION, ITERATOR, BATCH = range(4)  # kinds of seeds
 PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}  # what schedulers count
 
@@ -97,7 +98,7 @@ def save_atomically(what: Any, path: Path) -> None:
     for left_over in path.parent.glob(".*.checkpoint-part"):
         if _is_stale(left_over):
             left_over.unlink(missing_ok=True)
-    new = path.with_name(f".{path.name[:100]}.{_host()}.{os.getpid()}.checkpoint-part")
+    new = path.with_name(f".{path.name[:100]}.{HOST}.{os.getpid()}.checkpoint-part")
     try:
         with new.open("wb") as file:
             torch.save(what, file)
@@ -115,20 +116,16 @@ def save_atomically(what: Any, path: Path) -> None:
             os.close(folder)
 
 
-def _host() -> str:
-    return socket.gethostname().split(".")[0]
-
-
 def _is_stale(file: Path) -> bool:
     """Whether nobody writes to a temporary file any more: its process is gone, or elsewhere and quiet for an hour."""
     host, pid = file.name.split(".")[-3:-1]
     try:
-        if host != _host() or os.name != "posix":
+        if host != HOST or os.name != "posix":
             return time.time() - file.stat().st_mtime > 3600
         os.kill(int(pid), 0)
     except (ProcessLookupError, FileNotFoundError):
         return True
-    except PermissionError:
+    except PermissionError:  # it is another user's
         pass
     return False
 
@@ -257,22 +254,20 @@ class ExactResume(Callback):
         """Add the seed, the metrics, where a validation stands, the run's length, gradients amid an accumulation."""
         if self.run_seed is None:
             return
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        place = trainer.current_epoch, progress.current.completed
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        validated_here = self.validation[:2] == (trainer.current_epoch, progress.completed)
+        gradients = {}
+        plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if plain and _amid_accumulation(trainer) and not _amid_step(vars(progress)):
+            grads = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            gradients = {name: trainer.strategy.reduce(g.clone(), reduce_op="mean") for name, g in grads.items()}
         checkpoint["callbacks"][self.state_key] = {
             "seed": self.run_seed,
             "metrics": dict(trainer.callback_metrics),
-            "validation": self.validation[2] if self.validation[:2] == place else "",
+            "validation": self.validation[2] if validated_here else "",
             "run": _length_of_run(trainer),
-            "gradients": {},
+            "gradients": gradients,
         }
-        plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if plain and _amid_accumulation(trainer) and not _amid_step(vars(progress.current)):
-            checkpoint["callbacks"][self.state_key]["gradients"] = {
-                name: trainer.strategy.reduce(p.grad.clone(), reduce_op="mean") if trainer.world_size > 1 else p.grad
-                for name, p in pl_module.named_parameters()
-                if p.grad is not None
-            }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the saved progress to the point where the run is to go on."""
@@ -300,7 +295,7 @@ class ExactResume(Callback):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         fit_loop, gradients = trainer.fit_loop, self.resumed.get("gradients", {})
         trainer.callback_metrics.update(self.resumed.get("metrics", {}))
-        lines = self._differences(trainer)
+        lines = list(self._differences(trainer, self.resumed))
         if self.skip and _amid_accumulation(trainer) and not gradients:
             lines.append("gradients accumulated since the last optimiser step are not in the checkpoint")
         for name, p in pl_module.named_parameters():
@@ -321,42 +316,32 @@ class ExactResume(Callback):
         if lines:
             rank_zero_warn("resumed, but not as if never stopped: " + "; ".join(lines))
 
-    def _differences(self, trainer: Trainer) -> list[str]:
-        """What makes the rest of the run another one, a line each."""
-        saved, lines = self.resumed or {}, []
+    def _differences(self, trainer: Trainer, saved: dict[str, Any]) -> Iterator[str]:
+        """What makes the rest of the run another one."""
         if "seed" not in saved:
-            lines.append("the checkpoint was written without ExactResume")
+            yield "the checkpoint was written without ExactResume"
         elif saved["seed"] != self.run_seed:
-            lines.append(f"the seed is {self.run_seed} (checkpoint: {saved['seed']})")
+            yield f"the seed is {self.run_seed} (checkpoint: {saved['seed']})"
         if saved["amid step"]:
-            lines.append(
+            yield (
                 "the checkpoint was written amid a training step, which is repeated: gradients accumulated before it "
                 "are lost, and statistics such as BatchNorm's take its batch in twice"
             )
-        now = _length_of_run(trainer)
-        lines += [
-            f"{name} is {now[name]} (checkpoint: {was})"
-            for name, was in saved.get("run", now).items()
-            if was != now[name]
-        ]
-        if saved["schedulers"] != len(trainer.lr_scheduler_configs):
-            lines.append(
-                f"{len(trainer.lr_scheduler_configs)} schedulers are configured (checkpoint: {saved['schedulers']})"
-            )
+        now, schedulers = _length_of_run(trainer), trainer.lr_scheduler_configs
+        for name, was in saved.get("run", now).items():
+            if was != now[name]:
+                yield f"{name} is {now[name]} (checkpoint: {was})"
+        if saved["schedulers"] != len(schedulers):
+            yield f"{len(schedulers)} schedulers are configured (checkpoint: {saved['schedulers']})"
         restored = _settings(trainer)
-        lines += [
-            f"{name} stays at the checkpoint's {restored[name]}, not the configured {wanted}"
-            for name, wanted in self.configured.items()
-            if restored.get(name, wanted) != wanted
-        ]
-        for config in trainer.lr_scheduler_configs:
+        for name, wanted in self.configured.items():
+            if restored.get(name, wanted) != wanted:
+                yield f"{name} stays at the checkpoint's {restored[name]}, not the configured {wanted}"
+        for config in schedulers:
             step = getattr(config.scheduler, "last_epoch", None)
             every_step = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
             if every_step and step not in (None, trainer.global_step):
-                lines.append(
-                    f"{type(config.scheduler).__name__} stands at step {step}, the run at {trainer.global_step}"
-                )
-        return lines
+                yield f"{type(config.scheduler).__name__} stands at step {step}, the run at {trainer.global_step}"
 
 
 def settle(loops: dict[str, Any], validation: str) -> tuple[int, str]:
@@ -371,27 +356,29 @@ def settle(loops: dict[str, Any], validation: str) -> tuple[int, str]:
         if it is due and what follows it, only what comes `after validation`, or an ended epoch's `plateau` step.
     """
     epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    now = batch["current"]
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # after an epoch's last batch, or at its start
         ended = epoch["current"]["processed"] > epoch["current"]["completed"]
-        for counters in (epoch["total"], epoch["current"]):
-            _level(counters, counters["processed"])
+        _level(epoch)
         return 0, "plateau" if ended else ""
+    now = batch["current"]
     repeated, at_its_end = now["ready"] > now["processed"], now["processed"] > now["completed"]
     batch["is_last_batch"] &= not repeated
-    for counters in (batch["total"], batch["current"]):
-        _level(counters, counters["processed"])
-    if validation == "begun" and not at_its_end and not repeated:
+    _level(batch)
+    if repeated:
+        validation = ""  # it came after the batch before
+    if validation == "begun" and not at_its_end:
         evaluation = loops["epoch_loop.val_loop.batch_progress"]
-        _level(evaluation["total"], evaluation["total"]["completed"] - evaluation["current"]["completed"])
+        total = evaluation["total"]
+        total.update(dict.fromkeys(total, total["completed"] - evaluation["current"]["completed"]))
+    if at_its_end or validation == "begun":
         return now["completed"], "validation"
-    if at_its_end:
-        return now["completed"], "validation"
-    return now["completed"], "after validation" if validation == "over" and not repeated else ""
+    return now["completed"], "after validation" if validation == "over" else ""
 
 
-def _level(counters: dict[str, int], value: int) -> None:
-    counters.update(dict.fromkeys(counters, value))
+def _level(progress: dict[str, Any]) -> None:
+    """What was begun and not finished counts as not begun; what was processed, as finished."""
+    for counters in (progress["total"], progress["current"]):
+        counters.update(dict.fromkeys(counters, counters["processed"]))
 
 
 def _amid_step(counters: dict[str, int]) -> bool:
@@ -418,12 +405,13 @@ def _length_of_run(trainer: Trainer) -> dict[str, Any]:
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     """Base rates and the schedulers' options, by name; without their progress."""
-    if not trainer.lr_scheduler_configs:
+    schedulers = [s for config in trainer.lr_scheduler_configs for s in _with_inner(config.scheduler)]
+    if not schedulers:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         return {f"lr of group {group.get('name', n)}": float(group["lr"]) for n, group in enumerate(groups)}
     return {
         f"{key} of {type(scheduler).__name__}{number or ''}": value
-        for number, scheduler in enumerate(s for c in trainer.lr_scheduler_configs for s in _with_inner(c.scheduler))
+        for number, scheduler in enumerate(schedulers)
         for key, value in vars(scheduler).items()
         if not key.startswith("_") and key not in PROGRESS and _is_plain(value)
     }
@@ -521,7 +509,7 @@ class _Batches:
 
     def _start(self, skip: int) -> Iterable[Any]:
         """The loader's iterator without its first `skip` batches, made under a seed of its own."""
-        loader, replay = self.loader, self.replay
+        loader, replay, again = self.loader, self.replay, partial(self.replay.reseed, self.number)
         seed = counter_seed(replay.seed, ITERATOR, replay.epoch, self.number, self.round)
         reseed(seed)
         batch_sampler = getattr(loader, "batch_sampler", None)
@@ -533,22 +521,22 @@ class _Batches:
         if skip == 0 or self.by_itself:
             iterator: Iterator[Any] = iter(loader)
             if skip:
-                replay.reseed(self.number)
+                again()
             return iterator
         name = "sampler" if batch_sampler is None else "batch_sampler"
-        rest = _Rest(getattr(loader, name), skip, partial(replay.reseed, self.number))
+        rest = _Rest(getattr(loader, name), skip, again)
         vars(loader)[name] = rest  # only while the iterator is made, which keeps it
         try:
             iterator = iter(loader)
             first = list(islice(iterator, 1))
         finally:
             vars(loader)[name] = rest.whole
-        if rest.skip:  # the loader takes its indices from elsewhere: its batches have to be loaded to skip them
-            for _ in islice(iterator, skip - 1):
-                pass
-            replay.reseed(self.number)
-            return iterator
-        return chain(first, iterator)
+        if not rest.skip:
+            return chain(first, iterator)
+        for _ in islice(iterator, skip - 1):  # it takes its indices from elsewhere: batches are loaded to skip them
+            pass
+        again()
+        return iterator
 
 
 class _Rest:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Blocks: TypeAlias = dict[str, dict[str, nn.Parameter]]  # block -> dotted name -> parameter
 
+SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, SyncBatchNorm, LlamaRMSNorm: every library names them so
 
 
@@ -53,26 +54,24 @@ def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blo
     Raises:
         ValueError: A pattern or path that decides on no parameter, or a parameter in no block.
     """
+    if patterns is None:
+        groups = module.layer_groups() if isinstance(module, HasLayerGroups) else infer_blocks(module)
+        tests = {block: rf"^({'|'.join(map(re.escape, paths))})(\.|$)" for block, paths in groups.items()}
+    else:
+        tests = {pattern: pattern for pattern in patterns}
     names = dict(module.named_parameters())  # each parameter once, under its first name
     home: dict[nn.Parameter, str] = {}
-    if patterns is not None:
-        for name, parameter in names.items():
-            home[parameter] = next((pattern for pattern in patterns if re.search(pattern, name)), "")
-        order = list(patterns)
-    else:
-        groups = module.layer_groups() if isinstance(module, HasLayerGroups) else infer_blocks(module)
-        for block, path in ((block, path) for block, paths in groups.items() for path in paths):
-            for parameter in _parameters(_at(module, path)):
+    for block, pattern in tests.items():
+        for name, parameter in module.named_parameters(remove_duplicate=patterns is not None):
+            if re.search(pattern, name):
                 home.setdefault(parameter, block)
-        order = list(groups)
-    for block in order:
         if block not in home.values():
             hint = _did_you_mean(block, names)
             raise ValueError(f"block {block!r} holds no parameter, or none that an earlier block leaves to it{hint}")
-    lost = [name for name, parameter in names.items() if not home.get(parameter)]
+    lost = [name for name, parameter in names.items() if parameter not in home]
     if lost:
         raise ValueError(f"parameters in no block: {_some(lost)}; a last pattern '.' takes all the rest")
-    blocks: Blocks = {block: {} for block in order}
+    blocks: Blocks = {block: {} for block in tests}
     for name, parameter in names.items():
         if parameter.requires_grad:
             blocks[home[parameter]][name] = parameter
@@ -89,27 +88,64 @@ def infer_blocks(module: nn.Module) -> dict[str, list[str]]:
     Returns:
         Path of the block's first part -> paths of all its parts.
     """
-    pieces = list(_pieces(module, ""))
-    while sum(not slight for _, _, slight in pieces) < 3:  # nothing repeats, as in Inception: take the largest apart
-        sizes = [sum(p.numel() for p in _parameters(part)) if _children(part) else 0 for _, part, _ in pieces]
-        largest = max(range(len(pieces)), key=sizes.__getitem__)
-        if not sizes[largest]:
+    pieces = list(_pieces(module))
+    while sum(not _is_slight(part) for _, part in pieces) < 3:  # nothing repeats, as in Inception: split the largest
+        split = {path: part for path, part in pieces if part is not None and _children(part)}
+        if not split:
             break
-        pieces[largest : largest + 1] = _split(pieces[largest][1], pieces[largest][0])
+        largest = max(split, key=lambda path: _count(split[path].parameters()))
+        place = pieces.index((largest, split[largest]))
+        pieces[place : place + 1] = _parts(split[largest], f"{largest}.")
     blocks: dict[str, list[str]] = {}
-    waiting: list[str] = []
-    for path, part, slight in pieces:
-        if not slight:
+    waiting: list[str] = []  # for a block to join
+    for path, part in pieces:
+        if not _is_slight(part):
             blocks[path] = [*waiting, path]
             waiting = []
-        elif blocks and isinstance(part, nn.Module):
+        elif part is not None and blocks:
             next(reversed(blocks.values())).append(path)
         else:
             waiting.append(path)
     if waiting:
-        last = next(reversed(blocks), waiting[0])
-        blocks[last] = blocks.get(last, []) + waiting
+        blocks.setdefault(next(reversed(blocks), waiting[0]), []).extend(waiting)
     return blocks
+
+
+Piece: TypeAlias = tuple[str, nn.Module | None]  # path and module; None for a parameter of a container's own
+
+
+def _pieces(module: nn.Module, prefix: str = "") -> Iterator[Piece]:
+    """A module taken apart as far as something repeats inside, but no further."""
+    children = _children(module).values()
+    kinds = [type(child) for child in children]
+    layers = _is_chain(module) and max(map(kinds.count, kinds)) * 2 > len(kinds)  # of one kind, as in a transformer
+    stages = sum(isinstance(child, SEQUENCES) for child in children) >= 3  # as in a ResNet
+    for path, part in _parts(module, prefix):
+        whole = layers or (stages and isinstance(part, SEQUENCES)) or _is_slight(part)
+        if part is not None and not whole and any(map(_is_chain, part.modules())):
+            yield from _pieces(part, f"{path}.")
+        else:
+            yield path, part
+
+
+def _parts(module: nn.Module, prefix: str) -> list[Piece]:
+    own: list[Piece] = [(prefix + name, None) for name, _ in module.named_parameters(recurse=False)]
+    return own + [(prefix + name, child) for name, child in _children(module).items()]
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Children that hold parameters."""
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it is a sequence of three parts or more, or a `ModuleList` of two."""
+    return isinstance(module, SEQUENCES) and len(_children(module)) >= (2 if isinstance(module, nn.ModuleList) else 3)
+
+
+def _is_slight(part: nn.Module | None) -> bool:
+    """Whether it is too little to be a block."""
+    return part is None or all(parameter.ndim < 2 for parameter in part.parameters())
 
 
 def layerwise_param_groups(
@@ -133,22 +169,53 @@ def layerwise_param_groups(
         weight_decay: Of matrices, kernels; norms, biases and embeddings have none.
         patterns: As in `find_blocks`.
     """
-    holders = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    tables = {id(parameter) for holder in holders for parameter in holder.parameters()}
+    embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    tables = {parameter for embedding in embeddings for parameter in embedding.parameters()}
     blocks, groups = find_blocks(module, patterns), []
-    for distance, (block, members) in enumerate(reversed(blocks.items())):
-        rate = lr * layer_decay**distance
-        free = [p for p in members.values() if p.ndim < 2 or id(p) in tables]
+    for place, (block, members) in enumerate(blocks.items(), 1):
+        rate = lr * layer_decay ** (len(blocks) - place)
+        free = {p for p in members.values() if p.ndim < 2 or p in tables}
         for name, decay, params in (
-            (f"{block}/no_decay", 0.0, free),
-            (block, weight_decay, [p for p in members.values() if not (p.ndim < 2 or id(p) in tables)]),
+            (block, weight_decay, [p for p in members.values() if p not in free]),
+            (f"{block}/no_decay", 0.0, [p for p in members.values() if p in free]),
         ):
             if params:
                 groups.append({"params": params, "name": name, "lr": rate, "weight_decay": decay})
-    return groups[::-1]
+    return groups
 
 
-class Freeze(Callback):
+class _Freezing(Callback):
+    """Holds parameters frozen and modules in evaluation mode, until the fit is over."""
+
+    def __init__(self, frozen_dropout: bool) -> None:
+        self.frozen_dropout = frozen_dropout
+        self.frozen: set[nn.Parameter] = set()
+        self.eval: set[nn.Module] = set()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Frozen modules stay in evaluation mode, whoever called `train()`."""
+        for module in self.eval:
+            module.training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        if stage == "fit":
+            self.hand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As after a fit."""
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        """Let everything train again that this callback has frozen."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        for module in self.eval:
+            module.training = True
+        self.frozen, self.eval = set(), set()
+
+
+class Freeze(_Freezing):
     """Keeps parts of the network frozen for the whole fit: feature extraction, partial fine-tuning, BitFit.
 
     Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen
@@ -182,11 +249,10 @@ class Freeze(Callback):
     ) -> None:
         if train_last_blocks is None and not patterns:
             raise ValueError("Freeze needs train_last_blocks (1 for the head alone) or patterns")
+        super().__init__(frozen_dropout)
         self.train_last_blocks, self.patterns = train_last_blocks, dict(patterns or {})
-        self.train_norms, self.train_biases, self.frozen_dropout = train_norms, train_biases, frozen_dropout
-        self.frozen: set[nn.Parameter] = set()
-        self.frozen_parameters = 0  # how many numbers that are
-        self.eval: set[nn.Module] = set()  # modules held in evaluation mode
+        self.train_norms, self.train_biases = train_norms, train_biases
+        self.frozen_parameters = 0  # how many numbers are frozen
 
     def chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Names and parameters to freeze, out of those that are not frozen already."""
@@ -194,37 +260,46 @@ class Freeze(Callback):
         last = len(blocks) if self.train_last_blocks is None else self.train_last_blocks
         if not 0 <= last <= len(blocks):
             raise ValueError(f"train_last_blocks must be 0 to {len(blocks)}, not {last}; blocks: {', '.join(blocks)}")
-        free: set[nn.Parameter] = set()
-        for holder in module.modules() if self.train_norms else ():
-            if any(NORM.search(cls.__name__) for cls in type(holder).__mro__):
-                free |= set(holder.parameters(recurse=False))
-        verdicts, unused = {}, set(self.patterns)
+        norms = {
+            parameter
+            for part in module.modules()
+            if any(NORM.search(kind.__name__) for kind in type(part).__mro__)
+            for parameter in part.parameters(recurse=False)
+        }
+        trains: dict[str, bool] = {}
+        unused = set(self.patterns)
         for position, members in enumerate(blocks.values()):
             for name, parameter in members.items():
-                trains = position >= len(blocks) - last or parameter in free
-                trains |= self.train_biases and name.endswith("bias")
                 match = next((pattern for pattern in self.patterns if re.search(pattern, name)), None)
-                unused.discard(match or "")
-                verdicts[name] = trains if match is None else self.patterns[match]
+                if match is not None:
+                    unused.discard(match)
+                    trains[name] = self.patterns[match]
+                else:
+                    trains[name] = (
+                        position >= len(blocks) - last
+                        or (self.train_norms and parameter in norms)
+                        or (self.train_biases and name.endswith("bias"))
+                    )
         known = dict(module.named_parameters())
-        for pattern in sorted(unused):
+        if unused:
+            pattern = min(unused)
             raise ValueError(f"Freeze: pattern {pattern!r} decides on no parameter{_did_you_mean(pattern, known)}")
-        if not any(verdicts.values()):
+        if not any(trains.values()):
             raise ValueError("Freeze leaves nothing to train: raise train_last_blocks or let a pattern train")
-        return {name: known[name] for name, trains in verdicts.items() if not trains}
+        return {name: known[name] for name in trains if not trains[name]}
 
     def freeze(self, module: nn.Module) -> None:
         """Freeze what is chosen; does nothing where that has been done."""
         if not self.frozen:
             self.frozen = close(self.chosen(module).values())
-            self.frozen_parameters = sum(parameter.numel() for parameter in self.frozen)
-            trains = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            log.info("freeze: %s frozen, %s parameters train", _counted(self.frozen), f"{trains:,}")
+            self.frozen_parameters = _count(self.frozen)
+            trains = _count(p for p in module.parameters() if p.requires_grad)
+            log.info(f"freeze: {_counted(self.frozen)} frozen, {trains:,} parameters train")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before the strategy wraps the module, so that DDP never sees frozen parameters."""
         if stage == "fit":
-            self._hand_back()
+            self.hand_back()
             if any(True for _ in pl_module.parameters()):
                 self.freeze(pl_module)
 
@@ -233,32 +308,10 @@ class Freeze(Callback):
         if not self.frozen:
             self.freeze(pl_module)
             rewrap(trainer, pl_module)
-        modules = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
-        self.eval = {module for module in modules if module.training}
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Frozen modules stay in evaluation mode, whoever called `train()`."""
-        for module in self.eval:
-            module.training = False
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
-        if stage == "fit":
-            self._hand_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As after a fit."""
-        self._hand_back()
-
-    def _hand_back(self) -> None:
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
-        for module in self.eval:
-            module.training = True
-        self.frozen, self.eval = set(), set()
+        self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
 
 
-class GradualUnfreezing(Callback):
+class GradualUnfreezing(_Freezing):
     """Opens the network block by block: the last blocks train from the start, the others join later.
 
     All parameters are in the optimiser from the first step; opening only flips `requires_grad`, so schedulers,
@@ -268,10 +321,8 @@ class GradualUnfreezing(Callback):
     by the module itself or by `Freeze`, stay so. After the fit the module is trainable as it was before.
 
     Under DDP the wrapper is made anew at each change, on all ranks at the same step: frozen parameters cost no
-    traffic, opened ones are reduced. Weights are compared across ranks at each change and at the end. Every block
-    must be seen to receive a gradient in its first step. FSDP, DeepSpeed and model parallelism are refused.
-
-    Blocks open at one of: `every_epochs`, `every_steps`, `at`, `over_share`, or when `monitor` stops improving.
+    traffic, opened ones are reduced. Weights are compared across ranks at each change and at the end. A block that
+    opens must be seen to receive a gradient in its first step. FSDP, DeepSpeed and model parallelism are refused.
 
     Runs on: fit start, start of epochs and batches, end of validation. Touches: `requires_grad`, `training`,
     `grad`, under DDP the strategy's wrapper, with `restore_best` weights and buffers.
@@ -321,14 +372,14 @@ class GradualUnfreezing(Callback):
         patterns: Sequence[str] | None = None,
         frozen_dropout: bool = False,
     ) -> None:
-        ways = {
-            "every_epochs": every_epochs,
-            "every_steps": every_steps,
-            "at": at,
-            "over_share": over_share,
-            "monitor": monitor,
-        }
-        given = [name for name, value in ways.items() if value is not None]
+        super().__init__(frozen_dropout)
+        self.every_epochs, self.every_steps, self.at, self.over_share = every_epochs, every_steps, at, over_share
+        self.monitor, self.patience, self.min_delta, self.restore_best = monitor, patience, min_delta, restore_best
+        self.sign = 1.0 if mode == "min" else -1.0
+        self.blocks_at_start, self.blocks_per_phase = blocks_at_start, blocks_per_phase
+        self.order, self.patterns = order, patterns
+        ways = ("every_epochs", "every_steps", "at", "over_share", "monitor")
+        given = [name for name in ways if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"GradualUnfreezing received {' and '.join(given)}; give one of them")
         if any(value is not None and value < 1 for value in (every_epochs, every_steps, blocks_per_phase)):
@@ -337,31 +388,29 @@ class GradualUnfreezing(Callback):
             raise ValueError(f"blocks_at_start must be at least 1, or nothing trains; received {blocks_at_start}")
         if over_share is not None and not 0 < over_share < 1:
             raise ValueError(f"over_share must lie between 0 and 1; received {over_share:g}")
-        if at is not None and (not at or min(at) <= 0 or list(at) != sorted(at, key=lambda x: (x >= 1, x))):
+        if at is not None and (not at or min(at) <= 0 or list(at) != sorted(at)):
             raise ValueError(f"at must be ascending shares of the run, then steps, above 0; received {list(at)}")
         if restore_best and monitor is None:
             raise ValueError("restore_best needs monitor, to know what is best")
-        self.every_epochs, self.every_steps, self.at, self.monitor = every_epochs, every_steps, at, monitor
-        self.over_share = 0.5 if not given else over_share
-        self.sign, self.patience, self.min_delta = (1.0 if mode == "min" else -1.0), patience, min_delta
-        self.restore_best, self.frozen_dropout = restore_best, frozen_dropout
-        self.blocks_at_start, self.blocks_per_phase = blocks_at_start, blocks_per_phase
-        self.order: str | list[str] = order if isinstance(order, str) else list(order)
-        self.patterns = list(patterns) if patterns is not None else None
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be min or max; received {mode!r}")
         self._reset()
 
     def _reset(self) -> None:
         self.blocks: list[Blocks] = []  # by phase; phase 0 is open from the start
-        self.phases: list[list[nn.Parameter]] = []  # their parameters
         self.opening_steps: list[int] = []  # optimiser step at which each open phase opened
         self.due = 0  # the phase that a metric has called for
         self.best: float | None = None
         self.bad_validations = 0
         self.best_weights: dict[str, Tensor] = {}
         self._boundaries: list[tuple[str, int]] = []
-        self._shown = -1  # the phase that `requires_grad` shows
-        self._eval: set[nn.Module] = set()  # modules held in evaluation mode
+        self._shown = -1  # the phase that the module has been brought to
         self._untried: Blocks = {}  # opened, but not yet seen to receive gradients
+
+    @property
+    def phases(self) -> list[list[nn.Parameter]]:
+        """Parameters that open together, in the order of opening."""
+        return [[p for members in part.values() for p in members.values()] for part in self.blocks]
 
     @property
     def all_open(self) -> bool:
@@ -378,11 +427,11 @@ class GradualUnfreezing(Callback):
         if len(blocks) < 2:
             kind = type(module).__name__
             raise ValueError(f"GradualUnfreezing found {len(blocks)} block in {kind}; give patterns, one per block")
-        names = list(blocks)[::-1] if self.order == "top_down" else list(blocks)
-        if not isinstance(self.order, str):
-            if sorted(self.order) != sorted(blocks):
-                raise ValueError(f"order must name each block once: {', '.join(blocks)}; received {self.order}")
-            names = self.order
+        names = list(blocks if self.order in ("top_down", "bottom_up") else self.order)
+        if self.order == "top_down":
+            names.reverse()
+        if sorted(names) != sorted(blocks):
+            raise ValueError(f"order must name each block once: {', '.join(blocks)}; received {self.order}")
         first, rest = names[: self.blocks_at_start], names[self.blocks_at_start :]
         size = self.blocks_per_phase or max(len(rest), 1)
         parts = [first, *(rest[i : i + size] for i in range(0, len(rest), size))]
@@ -422,41 +471,37 @@ class GradualUnfreezing(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            self._hand_back()
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and freeze all but the first phase.
 
-        Not before: a `configure_optimizers` that leaves out what is frozen has now seen every parameter.
+        Not before: a `configure_optimizers` that leaves out what is frozen has now seen every parameter. DDP's wrapper
+        is made anew when training begins.
         """
         check_strategy(trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, Freeze):
                 other.freeze(pl_module)
         self.blocks = self.plan(pl_module)
-        self.phases = [[p for members in part.values() for p in members.values()] for part in self.blocks]
         _check_groups(trainer, self.blocks)
         total = trainer.estimated_stepping_batches
         self._boundaries = self.boundaries(len(self.blocks), total)
         last = self.planned_steps(len(self.blocks), total, steps_per_epoch(trainer))[-1]
         _check_early_stops(trainer, math.inf if self.monitor is not None else last)
-        source = "inferred" if self.patterns is None else "patterns"
-        source = "layer_groups()" if self.patterns is None and isinstance(pl_module, HasLayerGroups) else source
+        found = "layer_groups()" if isinstance(pl_module, HasLayerGroups) else "inferred"
         order = " | ".join(", ".join(part) for part in self.blocks)
-        log.info("unfreezing: phases of blocks, %s: %s", source, order)
-        self._show(pl_module, 0)
-        rewrap(trainer, pl_module)
+        log.info(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
+        self._show(pl_module, max(len(self.opening_steps) - 1, 0))  # more than 0 after a resume
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open what is due."""
         self._advance(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Open what is due, also after a resume amid an epoch; frozen modules stay in evaluation mode."""
+        """Open what is due, also after a resume amid an epoch."""
         self._advance(trainer, pl_module)
-        for module in self._eval:
-            module.training = False
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """In a block's first step, see that gradients arrive."""
@@ -469,7 +514,7 @@ class GradualUnfreezing(Callback):
                     "forward() use it, and not under no_grad()? If it is compiled, a graph from before may be in use"
                 )
             if missing:
-                log.warning("unfreezing: no gradient reaches %s: forward() does not use it", _some(missing))
+                log.warning(f"unfreezing: no gradient reaches {_some(missing)}: forward() does not use it")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With `monitor`: the first rank decides, for all, whether the next phase is due."""
@@ -482,35 +527,25 @@ class GradualUnfreezing(Callback):
         if self.best is None or self.sign * value < self.sign * self.best - self.min_delta:
             self.best, self.bad_validations = value, 0
             if self.restore_best:
-                self.best_weights = {name: tensor.detach().clone() for name, tensor in _moving(pl_module)}
-            return
-        self.bad_validations += 1
-        if self.bad_validations > self.patience:
-            self.due, self.best, self.bad_validations = self._shown + 1, None, 0
+                opened = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+                moving = chain(opened, pl_module.named_buffers())
+                self.best_weights = {name: tensor.detach().clone() for name, tensor in moving}
+        elif self.bad_validations < self.patience:
+            self.bad_validations += 1
+        else:
+            self.due, self.best, self.bad_validations = len(self.opening_steps), None, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A last comparison of the ranks' weights."""
         compare_ranks(trainer, pl_module)
         if not self.all_open:
-            never = ", ".join(name for part in self.blocks[self._shown + 1 :] for name in part)
-            log.warning("unfreezing: the run ended before these opened: %s", never)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
-        if stage == "fit":
-            self._hand_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As after a fit."""
-        self._hand_back()
+            never = ", ".join(chain(*self.blocks[len(self.opening_steps) :]))
+            log.warning(f"unfreezing: the run ended before these opened: {never}")
 
     def state_dict(self) -> dict[str, Any]:
         """When phases opened, and what a metric's next decision hangs on."""
-        state: dict[str, Any] = {"opening_steps": list(self.opening_steps)}
-        if self.monitor is not None:
-            names = ("due", "best", "bad_validations", "best_weights")
-            state |= {name: getattr(self, name) for name in names}
-        return state
+        names = ("opening_steps", "due", "best", "bad_validations", "best_weights")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the history; what is open follows from it and the progress."""
@@ -522,66 +557,44 @@ class GradualUnfreezing(Callback):
         reached = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         due = self.due if self.monitor is not None else sum(reached[unit] >= at for unit, at in self._boundaries)
         due = min(max(due, len(self.opening_steps) - 1), len(self.blocks) - 1)
-        before = len(self.opening_steps)
-        self.opening_steps += [trainer.global_step] * (due + 1 - before)
         if due == self._shown:
-            if before == 0:
-                self._say(trainer, 0)
             return
-        if before == due:  # not a resume, which finds its phases open
+        if due >= len(self.opening_steps):  # else a resume, for which nothing is new
             compare_ranks(trainer, pl_module)
-            for name, tensor in _moving(pl_module):
-                if name in self.best_weights:
-                    tensor.data.copy_(self.best_weights[name])
+            tensors = dict(chain(pl_module.named_parameters(), pl_module.named_buffers()))
+            for name, best in self.best_weights.items():
+                tensors[name].data.copy_(best)
             self.best_weights = {}
-        first = self._shown + 1
+            self.opening_steps = self.opening_steps + [trainer.global_step] * (due + 1 - len(self.opening_steps))
+        first, self._shown = self._shown + 1, due
+        self._untried = {
+            name: members for part in self.blocks[max(first, 1) : due + 1] for name, members in part.items()
+        }
         self._show(pl_module, due)
-        self._untried = dict(chain(*(part.items() for part in self.blocks[first : due + 1])))
         self._say(trainer, first)
         rewrap(trainer, pl_module)
 
     def _show(self, pl_module: LightningModule, phase: int) -> None:
         """Let `requires_grad` and modes show that phases up to `phase` are open."""
-        for parameter in chain(*self.phases[: phase + 1]):
-            parameter.requires_grad_(True)
-        frozen = close(chain(*self.phases[phase + 1 :]))
-        modules = frozen_modules(pl_module, frozen, dropout=self.frozen_dropout)
-        held = {m for m in modules if m.training} if self._shown < 0 else modules & self._eval
-        for module in self._eval - held:
-            module.training = True
-        self._eval, self._shown = held, phase
+        self.hand_back()
+        self.frozen = close(chain(*self.phases[phase + 1 :]))
+        self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
 
     def _say(self, trainer: Trainer, first: int) -> None:
         """One line, and the same to the loggers, on what is open from now on."""
-        parts = self.blocks[first : self._shown + 1]
-        opened = {p for part in self.phases[first : self._shown + 1] for p in part}
-        rates = {
-            float(group["lr"])
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            if not opened.isdisjoint(group["params"])
-        }
+        opened = set(chain(*self.phases[first : self._shown + 1]))
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = sorted(float(group["lr"]) for group in groups if not opened.isdisjoint(group["params"]))
+        lr = f"{rates[0]:.3g}" if rates[0] == rates[-1] else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        names, now = ", ".join(chain(*self.blocks[first : self._shown + 1])), self.blocks[: self._shown + 1]
         log.info(
-            "unfreezing: step %d, epoch %d: %s open, %s at lr %s; %d of %d blocks",
-            trainer.global_step,
-            trainer.current_epoch,
-            ", ".join(name for part in parts for name in part),
-            _counted(opened),
-            " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)})),
-            sum(map(len, self.blocks[: self._shown + 1])),
-            sum(map(len, self.blocks)),
+            f"unfreezing: step {trainer.global_step}, epoch {trainer.current_epoch}: {names} open, {_counted(opened)} "
+            f"at lr {lr}; {sum(map(len, now))} of {sum(map(len, self.blocks))} blocks"
         )
-        open_parameters = sum(p.numel() for part in self.phases[: self._shown + 1] for p in part)
-        facts = {"unfreezing/phase": float(self._shown), "unfreezing/parameters": float(open_parameters)}
+        parameters = _count(chain(*self.phases[: self._shown + 1]))
+        facts = {"unfreezing/phase": float(self._shown), "unfreezing/parameters": float(parameters)}
         for logger in trainer.loggers:
             logger.log_metrics(facts, step=trainer.global_step)
-
-    def _hand_back(self) -> None:
-        for parameter in chain(*self.phases):
-            parameter.requires_grad_(True)
-        for module in self._eval:
-            module.training = True
-        self.phases, self._eval = [], set()
 
 
 def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
@@ -594,19 +607,19 @@ def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
 
 
 def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool = False) -> set[nn.Module]:
-    """Modules all of whose parameters are among the frozen ones, and what lies inside them.
+    """Modules all of whose parameters are frozen and what lies inside them, as far as in training mode.
 
     Args:
-        root: The network, never itself among them.
-        frozen: Frozen parameters.
+        root: The network.
+        frozen: Its frozen parameters.
         dropout: Return only modules with running statistics, so that dropout inside frozen ones stays on.
     """
     found: set[nn.Module] = set()
     for module in root.modules():
         own = set(module.parameters())
-        if module is not root and own and own <= frozen:
+        if own and own <= frozen:
             found |= set(module.modules())
-    return {m for m in found if getattr(m, "running_mean", None) is not None} if dropout else found
+    return {m for m in found if m.training and (not dropout or getattr(m, "running_mean", None) is not None)}
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -630,11 +643,8 @@ def compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
         RuntimeError: They do.
     """
     if trainer.world_size > 1:
-        low = weight_hash(pl_module.parameters())
-        high = low.clone()
-        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-        if low != high:
+        own = int(weight_hash(pl_module.parameters()))
+        if not trainer.strategy.reduce_boolean_decision(own == trainer.strategy.broadcast(own)):
             raise RuntimeError(
                 f"step {trainer.global_step}: weights differ between ranks, so each trains a model of its own; was a "
                 "parameter changed on one rank only, or left out of DDP's reduction?"
@@ -643,11 +653,9 @@ def compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
 
 def weight_hash(parameters: Iterable[nn.Parameter]) -> Tensor:
     """A sum over the bits of all numbers, each tensor weighted by its place; one whole number."""
-    total: Tensor | int = 0
-    for place, parameter in enumerate(parameters, 1):
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-        total = total + place * parameter.detach().contiguous().view(bits).sum(dtype=torch.int64)
-    return torch.as_tensor(total)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters]
+    return torch.stack([place * b.sum(dtype=torch.int64) for place, b in enumerate(bits, 1)]).sum()
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
@@ -674,10 +682,8 @@ def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
     members = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     known = set(members)
     lost = [name for part in phases for block in part.values() for name, p in block.items() if p not in known]
+    fault = f"in no group of the optimiser: {_some(lost)}" if lost else "a parameter is in two groups of the optimisers"
     if lost or len(known) < len(members):
-        fault = (
-            f"in no group of the optimiser: {_some(lost)}" if lost else "a parameter is in two groups of the optimisers"
-        )
         raise ValueError(f"{fault}; give configure_optimizers every parameter once, frozen or not")
 
 
@@ -695,75 +701,16 @@ def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
                 )
 
 
-def _moving(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What training changes: trainable parameters and buffers."""
-    yield from ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
-    yield from module.named_buffers()
-
-
 def _is_compiled(module: nn.Module) -> bool:
     return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
 
 
-Part: TypeAlias = nn.Module | nn.Parameter
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
-def _at(module: nn.Module, path: str) -> Part | None:
-    """The submodule or parameter at a path; the module itself at an empty one."""
-    part: Any = module
-    for name in path.split(".") if path else ():
-        part = getattr(part, name, None)
-    return part  # type: ignore[no-any-return]
-
-
-def _parameters(part: Part | None) -> list[nn.Parameter]:
-    if isinstance(part, nn.Parameter):
-        return [part]
-    return list(part.parameters()) if isinstance(part, nn.Module) else []
-
-
-def _children(part: Part) -> dict[str, nn.Module]:
-    """Children that hold parameters."""
-    children = part.named_children() if isinstance(part, nn.Module) else ()
-    return {name: child for name, child in children if _parameters(child)}
-
-
-def _is_sequence(part: Part) -> bool:
-    return isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-
-
-def _repeats(part: Part) -> bool:
-    """Whether it is a chain: three parts or more, or the layers of a `ModuleList`."""
-    return _is_sequence(part) and len(_children(part)) >= (2 if isinstance(part, nn.ModuleList) else 3)
-
-
-def _split(part: Part, prefix: str) -> list[tuple[str, Part, bool]]:
-    """Own parameters and children of a module: path, part, and whether it is too slight to be a block."""
-    join = f"{prefix}.".lstrip(".")
-    own = part.named_parameters(recurse=False) if isinstance(part, nn.Module) else ()
-    pieces: list[tuple[str, Part, bool]] = [(join + name, parameter, True) for name, parameter in own]
-    for name, child in _children(part).items():
-        pieces.append((join + name, child, all(p.ndim < 2 for p in child.parameters())))
-    return pieces
-
-
-def _pieces(part: Part, prefix: str) -> Iterator[tuple[str, Part, bool]]:
-    """A module taken apart as far as something repeats inside, but no further."""
-    children = _children(part).values()
-    kinds = [type(child) for child in children]
-    alike = _repeats(part) and max(map(kinds.count, kinds)) * 2 > len(kinds)  # a chain of layers of one kind
-    stages = alike or sum(map(_is_sequence, children)) >= 3  # or of stages, such as those of a ResNet
-    for path, piece, slight in _split(part, prefix):
-        whole = slight or (stages and (alike or _is_sequence(piece)))
-        if not whole and isinstance(piece, nn.Module) and any(map(_repeats, piece.modules())):
-            yield from _pieces(piece, path)
-        else:
-            yield path, piece, slight
-
-
-def _counted(parameters: Iterable[nn.Parameter]) -> str:
-    sizes = [parameter.numel() for parameter in parameters]
-    return f"{len(sizes)} tensors, {sum(sizes):,} parameters"
+def _counted(parameters: set[nn.Parameter]) -> str:
+    return f"{len(parameters)} tensors, {_count(parameters):,} parameters"
 
 
 def _did_you_mean(pattern: str, names: Iterable[str]) -> str:

@@ -120,6 +120,13 @@ def test_classes_that_are_masked_out_do_no_harm(estimator: Any) -> None:
         torch.testing.assert_close(spread, expected)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Over the channels of maps, as in ConvNeXt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Zoo(nn.Module):
     """One of everything: each kind of layer, a tied weight, a layer called twice, parameters of its own."""
 
@@ -134,13 +141,15 @@ class Zoo(nn.Module):
         self.again, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.gn = nn.GroupNorm(2, 8)
         self.line = nn.Conv1d(8, 8, 3, padding=1)
-        self.scale = nn.Parameter(torch.randn(8))
+        self.cn = ChannelNorm(8)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
         self.cls = nn.Parameter(torch.randn(1, 1, 8))
-        self.places = nn.Parameter(torch.randn(40, 8))
+        self.places = nn.Parameter(torch.randn(13, 8))
+        self.gain = nn.Parameter(torch.randn(8))
         self.words = nn.Embedding(11, 8, padding_idx=3)
         self.positions = nn.Embedding(5, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.cross = nn.MultiheadAttention(8, 2, batch_first=False)
+        self.tied = nn.Linear(8, 11)
+        self.tied.weight = self.words.weight
         self.ln = nn.LayerNorm(8)
         self.rms = nn.RMSNorm(8)
         self.twice = nn.Linear(8, 8)
@@ -150,17 +159,16 @@ class Zoo(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         x = F.silu(self.bn(self.stem(batch["image"])), inplace=True)
         x = F.silu(self.wide(F.silu(self.depthwise(x))))
-        x = self.gn(self.point(torch.tanh(self.same(x)))) * self.scale.view(1, -1, 1, 1)
+        x = self.gn(self.point(torch.tanh(self.same(x)))) * self.scale
         for _ in range(2):
-            x = torch.tanh(self.norm(self.again(x)))
+            x = torch.tanh(self.cn(self.norm(self.again(x))))
         x = self.line(x.flatten(2)).transpose(1, 2)  # (batch, positions, 8)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
-        x = x + self.places[: x.shape[1]]
+        x = self.gain * (x + self.places)
         words = self.words(batch["words"]) + self.positions(torch.arange(batch["words"].shape[1]))
-        tied = F.linear(words, self.words.weight).softmax(-1) @ torch.linspace(0, 1, 11)
-        x = self.ln(x + self.attention(x, x, x, need_weights=False)[0])
-        t, y = words.transpose(0, 1), x.transpose(0, 1)
-        x = self.rms(x + self.cross(y, t, t)[0].transpose(0, 1))
+        tied = self.tied(words).softmax(-1) @ torch.linspace(0, 1, 11)
+        x = self.ln(x + F.scaled_dot_product_attention(x, x, x))
+        x = self.rms(x + F.scaled_dot_product_attention(x, words, words))
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
         return self.head(x.mean(1)) + tied.mean(1, keepdim=True) * torch.arange(4)
 
@@ -237,7 +245,7 @@ class Odd(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x @ (self.a @ self.b))[0][:, -1])
+        return self.head(self.rnn(x @ self.a.mm(self.b))[0][:, -1])
 
 
 def test_what_no_layer_accounts_for_goes_one_by_one_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -270,19 +278,49 @@ def test_a_batch_that_goes_another_way_through_the_net_counts_too() -> None:
     assert largest_difference(*ways) < 1e-5
 
 
-def test_sequence_first_nets_are_read_as_such() -> None:
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=False)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of attention
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_nets_that_torch_calls_past_their_modules_go_one_by_one(
+    batch_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=batch_first)
     net = nn.Sequential(encoder, nn.Linear(8, 3))
 
     def logits(batch: Tensor) -> Tensor:
-        return net(batch.transpose(0, 1)).mean(0)
+        return net(batch).mean(1) if batch_first else net(batch.transpose(0, 1)).mean(0)
 
     x = torch.randn(9, 6, 8)  # 9 samples of 6 positions: 9 x 6 rows can be read either way
-    ways = [
-        fisher_diagonal(logits, x.split(6), dict(net.named_parameters()), module=net, way=way)[0]  # type: ignore[arg-type]
-        for way in ("layers", "loop")
-    ]
+    with caplog.at_level(logging.INFO, "callbacks.ewc"):
+        ways = [
+            fisher_diagonal(logits, x.split(6), dict(net.named_parameters()), module=net, way=way)[0]  # type: ignore[arg-type]
+            for way in ("loop", "auto", "vmap")
+        ]
+    assert all(largest_difference(way, ways[0]) < 1e-5 for way in ways[1:])
+    assert "no known layer accounts for 0.self_attn.in_proj_bias" in caplog.text
+
+
+class Turning(nn.Module):
+    """Calls its layers otherwise where the first number of a batch is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.places = nn.Linear(5, 5), nn.Linear(5, 3), nn.Parameter(torch.randn(1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] > 0:
+            return self.second(self.first(x) + self.places)
+        return F.linear(self.first(self.first(x)), self.second.weight) + self.places.view(1, 5)[:, :3]
+
+
+def test_a_batch_that_calls_other_layers_than_the_first_counts_too() -> None:
+    net, x = Turning(), torch.randn(12, 5)
+    x[:, 0] = torch.tensor([1.0] * 4 + [-1.0] * 4 + [1.0] * 4)
+    before = list(net._parameters.items())
+    named = dict(net.named_parameters())
+    ways = [fisher_diagonal(net, x.split(4), named, module=net, way=way)[0] for way in ("layers", "loop")]  # type: ignore[arg-type]
     assert largest_difference(*ways) < 1e-5
+    assert all(a is b for (_, a), (_, b) in zip(net._parameters.items(), before, strict=True))
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
 
 
 @pytest.mark.parametrize("estimator", ["signs", "sampled"])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
-from callbacks import Freeze, GradualUnfreezing, layerwise_param_groups
+from callbacks import ExactResume, Freeze, GradualUnfreezing, PhaseAwareEarlyStopping, layerwise_param_groups
 from callbacks.unfreezing import check_strategy, close, find_blocks, frozen_modules, infer_blocks, weight_hash
 from tests.nets import BLOCKS, Net, data, fit, quiet, same, without_dropout
 
@@ -103,6 +103,8 @@ def test_wrong_blocks_are_refused() -> None:
         GradualUnfreezing().plan(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="order must name each block once"):
         GradualUnfreezing(order=["head", "stem"]).plan(Net())
+    with pytest.raises(ValueError, match="order must name each block once.*received topdown"):
+        GradualUnfreezing(order="topdown").plan(Net())
 
 
 # Freeze
@@ -273,6 +275,14 @@ class Scripted(Net):
 
     values = (5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counter", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.counter += 1
+        return super().training_step(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.log("score", self.values[min(self.trainer.current_epoch, 7)])
@@ -282,6 +292,29 @@ def test_a_phase_opens_when_a_metric_stops_improving() -> None:
     unfreezing = GradualUnfreezing(monitor="score", patience=1, blocks_per_phase=2)
     fit([unfreezing], Scripted(), max_epochs=8)
     assert unfreezing.opening_steps == [0, 48, 84]  # bad in epochs 2, 3 and 5, 6, the best starting anew
+
+
+class Falling(Scripted):
+    values = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("options", [{"mode": "max"}, {"min_delta": 1.5}], ids=str)
+def test_what_falls_by_1_may_be_no_improvement(options: dict[str, Any]) -> None:
+    unfreezing = GradualUnfreezing(monitor="score", patience=0, **options)
+    fit([unfreezing], Falling(), max_epochs=8)
+    assert unfreezing.opening_steps == [0, 24, 48, 72]
+
+
+def test_the_first_rank_decides_for_all() -> None:
+    class Second(SingleDeviceStrategy):
+        """As on a rank whose own metric improves, while that of the first does not."""
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            return 1.0 if isinstance(obj, float) else obj
+
+    unfreezing = GradualUnfreezing(monitor="score", patience=0)
+    fit([unfreezing], Falling(), strategy=Second("cpu"), accelerator="auto")
+    assert unfreezing.opening_steps == [0, 24]
 
 
 def test_an_unknown_metric_is_refused() -> None:
@@ -297,11 +330,34 @@ def test_the_best_weights_come_back_before_the_next_phase() -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 48:
                 self.found = pl_module.head["out"].weight.detach().clone()  # type: ignore[index]
+                self.counter = pl_module.counter.clone()  # type: ignore[operator, union-attr]
 
     check = Check()
     unfreezing = GradualUnfreezing(monitor="score", patience=1, blocks_per_phase=2, restore_best=True)
     fit([unfreezing, check], Scripted(), max_epochs=5)
     assert torch.equal(check.found, watch.weights[23]["head.out.weight"])  # epoch 1 had the best score
+    assert check.counter == 24
+
+
+@pytest.mark.parametrize(
+    "saving", [{"save_on_train_epoch_end": True}, {"every_n_train_steps": 12}], ids=["after", "before validation"]
+)
+def test_a_resumed_run_decides_as_the_uninterrupted_one(tmp_path: Path, saving: dict[str, Any]) -> None:
+    """In any epoch: best value, bad validations and best weights of every open block come back."""
+
+    def run(*callbacks: Any, **options: Any) -> tuple[Net, list[int]]:
+        ways = {"monitor": "score", "patience": 0, "restore_best": True, "blocks_per_phase": 2}
+        unfreezing = GradualUnfreezing(**ways)  # type: ignore[arg-type]
+        net = fit([ExactResume(1), unfreezing, *callbacks], Scripted(), max_epochs=8, **options)
+        return net, unfreezing.opening_steps
+
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, **saving)
+    whole, openings = run(keep, enable_checkpointing=True)
+    assert openings == [0, 36, 72]
+    for epoch in range(7):
+        resumed, openings = run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert openings == [0, 36, 72], epoch
+        assert same(whole, resumed), epoch
 
 
 # Refused early
@@ -316,6 +372,7 @@ def test_the_best_weights_come_back_before_the_next_phase() -> None:
         ({"over_share": 1.5}, "over_share must lie between 0 and 1"),
         ({"at": [5, 0.5]}, "ascending shares"),
         ({"restore_best": True}, "restore_best needs monitor"),
+        ({"monitor": "acc", "mode": "maximum"}, "mode must be min or max; received 'maximum'"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], words: str) -> None:
@@ -333,6 +390,7 @@ def test_an_early_stop_before_the_last_phase_is_refused() -> None:
         fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=1)])
     fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=2)])
     fit([GradualUnfreezing(every_steps=8), EarlyStopping("val/loss", patience=1)], min_epochs=3)
+    fit([GradualUnfreezing(every_steps=8), PhaseAwareEarlyStopping("val/loss", patience=1)])
 
 
 def test_a_share_of_an_endless_run_is_refused() -> None:
@@ -347,6 +405,16 @@ def test_an_optimizer_that_lacks_parameters_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"in no group of the optimiser: mix\.bias, .* and 6 more"):
         fit([GradualUnfreezing(every_steps=2)], Lacking())
+
+
+def test_a_parameter_in_two_optimizers_is_refused() -> None:
+    class Twice(Net):
+        def configure_optimizers(self) -> Any:
+            self.automatic_optimization = False
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self, self.head)]
+
+    with pytest.raises(ValueError, match="a parameter is in two groups of the optimisers; give configure_optimizers"):
+        fit([GradualUnfreezing(every_steps=2)], Twice())
 
 
 def test_an_optimizer_of_trainable_parameters_alone_gets_all() -> None:
@@ -376,6 +444,36 @@ def test_an_opened_block_without_gradient_stops_the_run() -> None:
 
     with pytest.raises(RuntimeError, match=r"layer1 opened at step 6, but no gradient reaches layer1\.conv\.weight"):
         fit([GradualUnfreezing(every_steps=2)], Detached())
+
+
+def test_a_parameter_without_gradient_in_a_block_that_has_some_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Spare(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix.register_parameter("spare", nn.Parameter(torch.ones(2)))
+
+    fit([GradualUnfreezing(every_steps=2)], Spare())
+    assert "no gradient reaches mix.spare: forward() does not use it" in caplog.text
+
+
+def test_what_never_opened_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    fit([GradualUnfreezing(monitor="score", blocks_per_phase=2)], Scripted(), max_epochs=5)
+    assert "the run ended before these opened: layer1, stem" in caplog.text
+
+
+@pytest.mark.parametrize("callback", [Freeze(train_last_blocks=1), GradualUnfreezing(every_steps=6)])
+def test_a_run_that_breaks_gives_the_module_back(callback: Callback) -> None:
+    class Breaking(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert not self.layer1.norm.training
+            assert not self.stem.weight.requires_grad
+            raise RuntimeError("broken")
+
+    net = Breaking()
+    with pytest.raises(RuntimeError, match="broken"):
+        fit([callback], net)
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 # The neighbours' faults
@@ -487,15 +585,15 @@ class Report(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
-        report = {"weights": pl_module.state_dict(), "bytes": getattr(strategy, "moved", []), "dead": self.dead()}
+        report = {"weights": pl_module.state_dict(), "bytes": getattr(strategy, "moved", []), "dead": self.dead}
         torch.save(report, self.folder / f"rank{trainer.global_rank}.pt")
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self.first = weakref.ref(trainer.strategy.model)
 
-    def dead(self) -> bool:
-        """Whether the wrapper of the beginning is gone."""
-        return self.first() is None
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 0:
+            self.dead = self.first() is None  # the wrapper of the beginning, and the hooks of its reducer
 
 
 class Counting(DDPStrategy):

@@ -109,6 +109,13 @@ def test_rate_is_schedule_times_ramp_to_the_last_bit(name: str, interval: str) -
     assert warm.shown == warm.used  # what LearningRateMonitor sees
 
 
+@pytest.mark.parametrize("make", [SGD, torch.optim.AdamW, partial(torch.optim.LBFGS, lr=0.1, max_iter=2)])
+def test_the_update_is_made_at_the_rate_that_is_shown(make: Any) -> None:
+    """Lightning's backward pass lies inside the optimiser's step; nothing may put the rate back before the update."""
+    ramped = partial(schedulers.LambdaLR, lr_lambda=lambda step: ramp(step, 20))
+    assert same(fit([LRWarmup(steps=20)], Net(make, by_block=False)), fit([], Net(make, ramped, by_block=False)))
+
+
 def test_transformers_own_schedule() -> None:
     transformers = pytest.importorskip("transformers")
     linear = partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=0, num_training_steps=48)
@@ -170,8 +177,14 @@ def test_a_rate_that_is_a_tensor() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=torch.tensor(0.5, dtype=torch.float64))
 
-    warm = used([LRWarmup(steps=4)], Tensors()).used
+    class Same(Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            tensors.add(id(trainer.optimizers[0].param_groups[0]["lr"]))
+
+    tensors: set[int] = set()
+    warm = used([LRWarmup(steps=4), Same()], Tensors()).used
     assert [rate for (rate,) in warm[:6]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert len(tensors) == 1  # a compiled step reads this very one
 
 
 def test_the_monitor_sees_the_rate_wherever_it_stands(tmp_path: Path) -> None:
