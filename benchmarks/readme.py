@@ -66,6 +66,31 @@ def speed() -> str:
     return f"On {training['hardware']['processor']}, without a GPU and without bf16 in hardware:\n\n" + "\n".join(lines)
 
 
+def cost() -> str:
+    """What callbacks add to a step, and what they save."""
+    steps, ewc = result("callbacks"), result("ewc")
+    resnet, bert = ewc["step_resnet18_32px"], ewc["step_bert_6_layers"]
+    rows = [
+        ("GradualUnfreezing, LRWarmup and StopOnNonFinite together, ResNet-18, 64 px: time of a step",
+         f"{steps['all three']['cpu']:.2f} times that without", "callbacks"),
+        *[(f"{name} of ResNet-18 trained: time of a step, and its share of the work",
+           f"{steps[name]['cpu']:.2f} of full training, {steps[name]['work']:.2f}", "callbacks")
+          for name in steps if name.startswith("last")],
+        ("EWC's penalty: time of a step of ResNet-18, 32 px, batch 32; of a BERT of 6 layers",
+         f"{resnet['proximal_ratio_cpu']:.2f} and {bert['proximal_ratio_cpu']:.2f} times that without", "ewc"),
+        ("... as a sum in the loss, as everybody writes it",
+         f"{resnet['autograd_ratio_cpu']:.2f} and {bert['autograd_ratio_cpu']:.2f} times", "ewc"),
+        *[(f"Fisher information of {net}, {estimator}, 1,000 samples: CPU seconds, against a loop over samples",
+           f"{figures['ours_cpu_s_per_1000']} s, {figures['times_faster_than_loop_cpu']:.1f} times faster", "ewc")
+          for key, net in (("resnet18_32px", "ResNet-18, 32 px, 10 classes"), ("bert_6_layers", "the BERT, 2 classes"))
+          for kind, estimator in (("exact", "exact"), ("one_draw", "one draw"))
+          for figures in (ewc[f"fisher_{kind}_{key}"],)],
+    ]  # fmt: skip
+    lines = ["| what | measured, CPU time | file in benchmarks/results |", "|---|---|---|"]
+    lines += [f"| {what} | {value} | {name}.json |" for what, value, name in rows]
+    return f"On one thread of {ewc['hardware']['processor']}:\n\n" + "\n".join(lines)
+
+
 def with_range(row: dict[str, float]) -> str:
     """A mean and its range over the seeds."""
     return f"{row['mean']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})"
@@ -108,6 +133,7 @@ PARTS = {
     "configs": configs,
     "forgetting": forgetting,
     "few": few_images,
+    "cost": cost,
     "speed": speed,
 }
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes `name,label,probability` for each sample that `Trainer.predict` goes through.
+    """Writes a row for each sample that `Trainer.predict` goes through.
 
-    `predict_step` must return a dictionary of tensors `(batch,)`: `index`, `label` (a class number) and
-    `probability`. Names come from `datamodule.sample_names("predict")`, class names from
-    `datamodule.class_names`, where these exist; else the numbers are written. Each rank writes a part of its
-    own; at the end the first rank merges them by index and drops what was predicted twice to fill up a batch.
+    `predict_step` must return a dictionary of tensors: `index` `(batch,)`, and what is to be written, a column each:
+    `label`, a class number `(batch,)` or truth values `(batch, classes)`, written as names; `probability` or another
+    number `(batch,)`; `p`, a number for each class, `(batch, classes)`, written to as many columns. The sample's name
+    comes first, from `datamodule.sample_names("predict")`, in a column headed `datamodule.sample_kind` or `name`; class
+    names are those of `datamodule.class_names`; where these are absent, numbers are written. Each rank writes a part
+    of its own; at the end the first rank merges them by index and drops what was predicted twice to fill up a batch.
 
     Runs on: predict. Touches: one file.
 
@@ -41,6 +44,7 @@ class PredictionWriter(BasePredictionWriter):
         data: Any = getattr(trainer, "datamodule", None)
         self.names = data.sample_names("predict") if hasattr(data, "sample_names") else str
         self.class_names: Sequence[str] | None = getattr(data, "class_names", None)
+        self.header = [getattr(data, "sample_kind", "name")]
         self.part = part_of(self.target, trainer.global_rank).open("w", newline="", encoding="utf-8")
         self.rows = csv.writer(self.part)
 
@@ -55,10 +59,10 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch."""
-        columns = (prediction[key].tolist() for key in ("index", "label", "probability"))
-        for index, label, probability in zip(*columns, strict=True):
-            name = self.class_names[label] if self.class_names else label
-            self.rows.writerow([index, self.names(index), name, f"{probability:.6f}"])
+        written = columns(prediction, self.class_names)
+        self.header[1:] = written
+        for index, *values in zip(prediction["index"].tolist(), *written.values(), strict=True):
+            self.rows.writerow([index, self.names(index), *values])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the parts of all ranks."""
@@ -66,7 +70,34 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
             parts = [part_of(self.target, rank) for rank in range(trainer.world_size)]
-            merge_parts(parts, self.target)
+            merge_parts(parts, self.target, self.header)
+
+
+def columns(prediction: Mapping[str, Tensor], class_names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """A batch of predictions as columns of words, by their headings.
+
+    Args:
+        prediction: As `PredictionWriter` says; `index` is left out.
+        class_names: Names in the order of the labels; numbers if not given.
+    """
+
+    def name(label: int) -> str:
+        return class_names[label] if class_names else str(label)
+
+    found: dict[str, list[str]] = {}
+    for key, values in prediction.items():
+        if key == "index":
+            continue
+        if key == "label" and values.ndim == 2:
+            found[key] = ["|".join(name(n) for n, is_so in enumerate(row) if is_so) for row in values.tolist()]
+        elif key == "label":
+            found[key] = [name(label) for label in values.tolist()]
+        elif values.ndim == 2:
+            for label, column in enumerate(values.T.tolist()):
+                found[f"{key}({name(label)})"] = [f"{value:.6f}" for value in column]
+        else:
+            found[key] = [f"{value:.6f}" for value in values.tolist()]
+    return found
 
 
 def part_of(target: Path, rank: int) -> Path:
@@ -74,14 +105,14 @@ def part_of(target: Path, rank: int) -> Path:
     return target.with_suffix(f".rank{rank}{target.suffix}")
 
 
-def merge_parts(parts: Sequence[Path], target: Path) -> None:
+def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> None:
     """Merge CSV files whose rows begin with ascending indices into one without that column; remove them."""
     files = [part.open(newline="", encoding="utf-8") for part in parts]
     try:
         merged = heapq.merge(*(_by_index(csv.reader(file)) for file in files), key=lambda row: row[0])
         with target.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
-            rows.writerow(["name", "label", "probability"])
+            rows.writerow(header)
             last = -1
             for index, row in merged:
                 if index > last:  # with fewer samples than ranks, two parts begin with the same one

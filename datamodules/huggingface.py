@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -57,26 +58,9 @@ class HuggingFaceImages(ImageDataModule):
         """The splits as `datasets.Dataset`, pictures still encoded; downloads them if they are not there."""
         import datasets  # slow to import: only where it is used
 
-        try:
-            found = datasets.load_dataset(**self.source)
-        except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-            where = self.source["data_files"] or self.source["path"]
-            raise FileNotFoundError(
-                f"no data set {where}: expected a name on the hub that can be reached, a folder, or a format "
-                f"(parquet, imagefolder) with data_files ({str(error).splitlines()[0]})"
-            ) from error
-        tables = {}
-        for split, name in self.split_names.items():
-            if name is None:
-                continue
-            if name not in found:
-                raise ValueError(f"no split {name!r} in {self.source['path']}: it has {', '.join(found)}")
-            for column in (self.image_column, self.label_column):
-                if column not in found[name].column_names:
-                    has = ", ".join(found[name].column_names)
-                    raise ValueError(f"no column {column!r} in split {name!r} of {self.source['path']}: it has {has}")
-            tables[split] = found[name].cast_column(self.image_column, datasets.Image(decode=False))
-        return tables
+        tables = load_splits(self.source, self.split_names, [self.image_column, self.label_column])
+        picture = datasets.Image(decode=False)
+        return {split: table.cast_column(self.image_column, picture) for split, table in tables.items()}
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
@@ -141,3 +125,41 @@ class TablePictures:
     def fingerprint(self) -> str:
         """The table's, which the `datasets` library keeps."""
         return str(self.table._fingerprint)
+
+
+def load_splits(
+    source: Mapping[str, Any], split_names: Mapping[str, str | None], columns: Sequence[str]
+) -> dict[str, Any]:
+    """Splits of a data set as `datasets.Dataset`; downloads them if they are not there.
+
+    Args:
+        source: Arguments of `datasets.load_dataset`.
+        split_names: Name here to name there; those without one are left out.
+        columns: What each split must have.
+
+    Raises:
+        FileNotFoundError: No such data set, or the hub cannot be reached.
+        ValueError: A split or a column that is not there.
+    """
+    import datasets  # slow to import: only where it is used
+
+    try:
+        found = datasets.load_dataset(**source)
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        where = source["data_files"] or source["path"]
+        raise FileNotFoundError(
+            f"no data set {where}: expected a name on the hub that can be reached, a folder, or a format "
+            f"(parquet, imagefolder) with data_files ({str(error).splitlines()[0]})"
+        ) from error
+    tables = {}
+    for split, name in split_names.items():
+        if name is None:
+            continue
+        if name not in found:
+            raise ValueError(f"no split {name!r} in {source['path']}: it has {', '.join(found)}")
+        for column in columns:
+            if column not in found[name].column_names:
+                has = ", ".join(found[name].column_names)
+                raise ValueError(f"no column {column!r} in split {name!r} of {source['path']}: it has {has}")
+        tables[split] = found[name]
+    return tables

@@ -33,7 +33,7 @@ from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
 from .pictures import PictureArray, Pictures, Subset, check_labels
 from .sampling import EpochSampler
-from .splits import limit_per_class, stratified_split
+from .splits import check_classes, check_rows, limit_per_class, stratified_split
 
 log = logging.getLogger(__name__)
 
@@ -263,21 +263,9 @@ class ImageDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse other classes than the checkpoint's, and to go on training with another split."""
-        if list(state_dict["class_names"]) != list(self.class_names):
-            raise ValueError(
-                f"the checkpoint's classes are {', '.join(state_dict['class_names'])}; the data's are "
-                f"{', '.join(self.class_names)}: labels would be read as other classes"
-            )
-        if self.trainer is not None and self.trainer.state.fn != "fit":
-            return
-        for name, rows in self.cut_rows.items():
-            saved = state_dict["split_rows"].get(name)
-            if saved is None or saved.tolist() != rows:
-                raise ValueError(
-                    f"the {name} split is not the checkpoint's ({state_dict['counts'].get(name)} pictures then, "
-                    f"{len(rows)} now): same data, data.seed, data.val_share and data.limit_per_class are needed "
-                    "to resume"
-                )
+        check_classes(state_dict, self.class_names)
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            check_rows(state_dict, self.cut_rows)
 
 
 def rows_of(splits: dict[str, Pictures]) -> dict[str, list[int]]:

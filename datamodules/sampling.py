@@ -7,8 +7,9 @@ function of (seed, epoch) and the augmentation of one sample a function of (seed
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,3 +92,76 @@ class EpochSampler(DistributedSampler[Draw]):
         for position in range(self.rank, self.total_size, self.num_replicas):
             is_padding = position >= self.size and not self.shuffle
             yield Draw(self.epoch, order[position % self.size], is_padding)
+
+
+class LengthSampler(DistributedSampler[list[Draw]]):
+    """Deals out whole batches of samples of like length, so that padding costs next to nothing.
+
+    The samples of an epoch, in an order that depends on (seed, epoch) only, are sorted by their padded length and
+    cut into steps: one batch for each rank, of neighbours in length. Every rank gets the same number of steps, and
+    each epoch has as many as the others. While training, the steps are shuffled, and where a step lacks samples for
+    all ranks, some are drawn twice; in evaluation those come marked as padding, and the longest come first, so that
+    memory runs out at once or never.
+
+    Made to be a loader's `sampler` with `batch_size=None`: Lightning leaves a `DistributedSampler` as it is.
+
+    Args:
+        lengths: Padded length of each sample, `(n,)`.
+        batch_size: Samples of a batch, at most.
+        tokens: Of a batch, padding included, at most; a sample longer than that is a batch of its own.
+        shuffle: Whether to train: other batches in each epoch.
+        seed: Seed of the order.
+        num_replicas: Number of ranks.
+        rank: This rank.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.ArrayLike,
+        *,
+        batch_size: int,
+        tokens: int | None = None,
+        shuffle: bool,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        super().__init__(range(len(self.lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.cuts = cuts(np.sort(self.lengths), batch_size, tokens, num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = np.arange(len(self.lengths))
+        steps = np.arange(len(self))[::-1]
+        if self.shuffle:
+            generator = np.random.default_rng(hash_seed(self.seed, self.epoch))
+            generator.shuffle(order)
+            steps = generator.permutation(len(self))
+        order = order[np.argsort(self.lengths[order], kind="stable")]
+        for step in steps:
+            rows = order[self.cuts[step] : self.cuts[step + 1]]
+            each = -(-len(rows) // self.num_replicas)
+            yield [
+                Draw(self.epoch, int(rows[place % len(rows)]), place >= len(rows) and not self.shuffle)
+                for place in range(self.rank, each * self.num_replicas, self.num_replicas)
+            ]
+
+
+def cuts(lengths: npt.NDArray[Any], batch_size: int, tokens: int | None, ranks: int) -> npt.NDArray[Any]:
+    """Where to cut ascending lengths into steps of one batch for each rank: from 0 to their number.
+
+    Without a limit on tokens the steps are equally large, but for one sample: none is so small that it would count
+    for more than the others, or break a BatchNorm.
+    """
+    size = len(lengths)
+    if tokens is None:
+        return np.linspace(0, size, -(-size // (batch_size * ranks)) + 1).round().astype(np.int64)
+    found = [0]
+    while (start := found[-1]) < size:
+        ends = range(start + ranks, start + ranks * (batch_size + 1), ranks)
+        fitting = bisect_right(ends, tokens, key=lambda end: (end - found[-1]) // ranks * lengths[min(end, size) - 1])
+        found.append(min(ends[max(fitting, 1) - 1], size))
+    return np.array(found)

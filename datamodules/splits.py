@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,3 +42,31 @@ def limit_per_class(labels: Tensor, limit: int, seed: int) -> Tensor:
     order = torch.randperm(len(labels), generator=generator)
     chosen = [order[labels[order] == label][:limit] for label in sorted(set(labels.tolist()))]
     return torch.cat(chosen).sort().values
+
+
+def check_classes(state: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Refuse other classes than a checkpoint's.
+
+    Raises:
+        ValueError: They differ in name or order.
+    """
+    if list(state["class_names"]) != list(class_names):
+        raise ValueError(
+            f"the checkpoint's classes are {', '.join(state['class_names'])}; the data's are "
+            f"{', '.join(class_names)}: labels would be read as other classes"
+        )
+
+
+def check_rows(state: Mapping[str, Any], rows_of_splits: Mapping[str, Sequence[int]]) -> None:
+    """Refuse to go on training with another split than a checkpoint's.
+
+    Raises:
+        ValueError: The rows of a split differ.
+    """
+    for name, rows in rows_of_splits.items():
+        saved = state["split_rows"].get(name)
+        if saved is None or saved.tolist() != list(rows):
+            raise ValueError(
+                f"the {name} split is not the checkpoint's ({state['counts'].get(name)} samples then, {len(rows)} "
+                "now): same data, data.seed, data.val_share and data.limit_per_class are needed to resume"
+            )

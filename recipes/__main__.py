@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("file", type=Path)
     command = commands.add_parser("plan", help="show groups, rates and steps without data or training")
     command.add_argument("config", help="a shipped config or a file")
-    command.add_argument("--samples", type=int, help="training pictures, where the data is not at hand")
+    command.add_argument("--samples", type=int, help="training samples, where the data is not at hand")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -175,15 +175,15 @@ class RecipeCLI(LightningCLI):
         for key, old in flatten({k: v for k, v in saved.items() if not k.startswith("_")}).items():
             if key in now and plain(now[key]) != plain(old):
                 log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
-        if subcommand != "fit" and "weights" in config.model:
-            config.model.weights = None  # the checkpoint's weights are about to replace them
+        if subcommand != "fit":
+            without_weights(config.model)  # the checkpoint's are about to replace them
 
     def before_instantiate_classes(self) -> None:
         """Train in bf16 where the hardware has it, unless a precision is given."""
         trainer = self.config[self.subcommand].trainer
         if self.plan:
             trainer.logger = False
-            self.config[self.subcommand].model.weights = None
+            without_weights(self.config[self.subcommand].model)
         if trainer.precision is None and bf16_is_native(trainer.accelerator):
             trainer.precision = "bf16-mixed"
 
@@ -287,6 +287,13 @@ def started() -> float:
     if "LOCAL_RANK" not in os.environ:
         os.environ["RECIPES_STARTED"] = str(time.time())
     return float(os.environ.get("RECIPES_STARTED", time.time()))
+
+
+def without_weights(model: Any) -> None:
+    """Have a model's config load no pretrained weights."""
+    for name, value in (("weights", None), ("pretrained", False)):
+        if name in model:
+            model[name] = value
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "fit": "train; with --test, test the best checkpoint afterwards",
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
-    "predict": "write a CSV of names, classes and probabilities",
+    "predict": "write a CSV of names or texts, classes and probabilities",
 }
 TOP_LEVEL_KEYS = (
     *("seed_everything", "trainer", "model", "data", "test", "feature_views", "ckpt_path", "weights_only"),
@@ -49,11 +49,11 @@ def find_config(name: str) -> Path:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest known word, or nothing."""
+    """`; did you mean 'x'?` with the nearest known word, or those of that name in any folder; or nothing."""
     known = list(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
-    near = near or [k for k in known if k.rsplit("/")[-1] == word.rsplit("/")[-1]]
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = [k for k in known if k.rsplit("/")[-1] == word] or get_close_matches(word, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if k.rsplit("/")[-1] == word.rsplit("/")[-1]][:1]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def stop(message: str) -> NoReturn:

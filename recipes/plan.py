@@ -39,9 +39,9 @@ def show_plan(cli: Any, samples: int | None) -> None:
     console, trainer, model, data = Console(width=max(Console().width, 160)), cli.trainer, cli.model, cli.datamodule
     found, note = training_samples(data) if samples is None else (samples, "given")
     batch = data.batch_size
-    if found < batch:
+    if found < batch and not hasattr(data, "planned_steps"):
         raise ValueError(f"{found} training samples don't fill one batch: set data.batch_size below {batch}")
-    per_epoch = found // batch // trainer.world_size if isinstance(trainer.world_size, int) else found // batch
+    per_epoch = batches_per_epoch(data, found, trainer.world_size)
     steps_per_epoch = math.ceil(per_epoch / trainer.accumulate_grad_batches)
     total = trainer.max_steps if trainer.max_steps > 0 else steps_per_epoch * trainer.max_epochs
     console.print(
@@ -140,13 +140,20 @@ def plan_phases(callbacks: Sequence[Any], model: torch.nn.Module, total: int, st
     return phases
 
 
+def batches_per_epoch(data: Any, samples: int, world_size: int) -> int:
+    """Batches of each rank: pictures drop the last that is not full, texts say how many they make."""
+    if hasattr(data, "planned_steps"):
+        return int(data.planned_steps(samples, world_size))
+    return samples // int(data.batch_size) // world_size
+
+
 def training_samples(data: Any) -> tuple[int, str]:
     """Number of training samples, and how it is known: from the data at hand, the data set, or a guess."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data.setup("fit")
-        return sum(data.class_counts), "counted"
-    except (FileNotFoundError, RuntimeError):
+        return len(data.splits["train"].labels), "counted"
+    except (OSError, RuntimeError):
         expected = getattr(data, "expected_samples", None)
         return (expected, "expected") if expected else (ASSUMED_SAMPLES, "assumed; --samples N says how many")

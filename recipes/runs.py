@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
     return content
+
+
+def with_weights_of(net: Any, checkpoint: str | Path) -> Any:
+    """A model of transformers like the recipe's `net`, with the weights that it had in a checkpoint."""
+    state = {k: v for k, v in load_checkpoint(checkpoint)["state_dict"].items() if k.startswith("net.")}
+    saved = type(net)(copy.deepcopy(net.config))
+    saved.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    return saved
 
 
 def keep_metrics(folder: Path) -> None:

@@ -53,7 +53,9 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
         rows.append(("written", short(str(cli.folder / "predictions.csv"))))
     if best:
         rows.append(("checkpoint", short(best)))
-        rows.append(("next", f"python -m recipes.{cli.recipe} predict --ckpt_path {rows[-1][1]}"))
+        rows.append(
+            ("next", getattr(cli, "next_command", f"python -m recipes.{cli.recipe} predict --ckpt_path {short(best)}"))
+        )
     return rows
 
 
@@ -63,12 +65,12 @@ def short(path: str) -> str:
 
 
 def describe_data(data: Any) -> str:
-    """Data module, classes and pictures per split."""
+    """Data module, classes and samples per split."""
     splits = getattr(data, "splits", {})
     counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
     text = f"{type(data).__name__}, {data.num_classes} classes; {counts}"
-    skipped = len(getattr(data, "skipped", ()))
-    return f"{text}; {skipped} unreadable pictures skipped" if skipped else text
+    skipped = len(getattr(data, "skipped", ())) + sum(getattr(part, "skipped", 0) for part in splits.values())
+    return f"{text}; {skipped} skipped that cannot be read" if skipped else text
 
 
 def describe_model(model: Any, callbacks: Sequence[Any] = ()) -> str:
@@ -76,7 +78,7 @@ def describe_model(model: Any, callbacks: Sequence[Any] = ()) -> str:
     total = sum(p.numel() for p in model.parameters())
     frozen = sum(getattr(callback, "frozen_parameters", 0) for callback in callbacks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - frozen
-    name = model.hparams.get("backbone", type(model).__name__)
+    name = model.hparams.get("backbone") or model.hparams.get("encoder") or type(model).__name__
     return f"{name}, {total / 1e6:.2f} M parameters, {trained / total:.1%} of them trained"
 
 

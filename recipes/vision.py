@@ -23,20 +23,19 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .classifier import Classifier
 from .cli import RecipeCLI
 from .parts.backbones import backbone_facts, build_backbone
 from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LossKind, balanced_weights, classification_loss
+from .parts.losses import LossKind, classification_loss
 from .parts.metrics import classification_metrics, per_class_counts
-from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
-from .parts.schedules import Cosine, Plateau
+from .parts.schedules import Cosine
 from .parts.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-class VisionClassifier(LightningModule):
+class VisionClassifier(Classifier):
     """A pretrained backbone with a new head.
 
     Args:
@@ -77,8 +76,6 @@ class VisionClassifier(LightningModule):
 
     mean: Tensor
     std: Tensor
-    class_weights: Tensor | None
-    epoch_sums: Tensor
     monitor = ("val/accuracy", "max")  # what the best checkpoint is best in
 
     def __init__(
@@ -104,7 +101,7 @@ class VisionClassifier(LightningModule):
         lr_multipliers: dict[str, float] | None = None,
         compile_backbone: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
         self.save_hyperparameters()
         for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
             if callable(self.hparams[name]):
@@ -124,17 +121,10 @@ class VisionClassifier(LightningModule):
         self.aux_heads = nn.ModuleList(new_head(width=width) for width in self.backbone.aux_widths)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
-        self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, hits, samples; always fp32
-        self.balanced = isinstance(class_weights, str)
-        fixed = None if class_weights is None or self.balanced else torch.as_tensor(class_weights, dtype=torch.float)
-        if fixed is not None and len(fixed) != num_classes:
-            raise ValueError(f"model.class_weights needs {num_classes} numbers, one per class, not {len(fixed)}")
-        self.register_buffer("class_weights", fixed, persistent=False)
         self.loss = functools.partial(
             classification_loss, kind=loss, label_smoothing=label_smoothing, gamma=focal_gamma
         )
-        self.aux_weight, self.optimizer, self.schedule = aux_weight, optimizer, schedule
-        self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
+        self.aux_weight = aux_weight
         self.metrics = nn.ModuleDict(
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
@@ -147,16 +137,6 @@ class VisionClassifier(LightningModule):
         """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
         groups = {name: [f"backbone.{path}" for path in paths] for name, paths in self.backbone.blocks.items()}
         return groups | {"head": ["head", *(["aux_heads"] if len(self.aux_heads) else [])]}
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The blocks' parameters, each with its rate's scale, norms and biases without weight decay."""
-        return param_groups(
-            self,
-            self.layer_groups(),
-            weight_decay=None,  # the optimiser's own
-            layer_decay=self.layer_decay,
-            lr_multipliers=self.lr_multipliers,
-        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], `(batch, 3, height, width)`, to logits `(batch, num_classes)`."""
@@ -184,20 +164,9 @@ class VisionClassifier(LightningModule):
         loss = self.loss(logits, target, weight=self.class_weights)
         for aux_logits in extra:
             loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(logits))
         hits = (logits.detach().argmax(1) == batch["label"]).sum()
-        self.epoch_sums += torch.stack([loss.detach() * len(logits), hits, hits.new_tensor(len(logits))])
+        self.note(loss, hits, len(logits))
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        self.epoch_sums = torch.zeros(3, device=self.device)
-
-    def on_train_epoch_end(self) -> None:
-        """Means over the epoch; summed here because `self.log` in every step costs much of a small step."""
-        loss, hits, samples = self.epoch_sums
-        epoch = {"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}
-        self.log_dict(epoch, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -213,51 +182,11 @@ class VisionClassifier(LightningModule):
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
         logits = self.logits(batch)
         kept = int((batch["label"] >= 0).sum())
-        loss = self.loss(logits, batch["label"])  # without class weights: the data's own distribution counts
-        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=max(kept, 1), sync_dist=True)
+        self.log_loss(split, self.loss(logits, batch["label"]), kept)  # without class weights: as the data are
         metrics = self.metrics[split]
         metrics.update(logits, batch["label"])  # type: ignore[operator]
         self.log_dict(metrics, prog_bar=split == "val", batch_size=max(kept, 1))  # type: ignore[arg-type]
         return logits
-
-    def on_test_epoch_end(self) -> None:
-        """Log the accuracy of each class by its name."""
-        class_names = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        for label, (right, _, _, _, samples) in enumerate(self.per_class.compute().tolist()):
-            if samples:
-                name = class_names[label] if class_names else label
-                self.log(f"test/accuracy_of/{name}", right / samples, sync_dist=True)
-        self.per_class.reset()
-
-    def configure_optimizers(self) -> Any:
-        """Every parameter in one named group, a schedule per optimiser step."""
-        optimizer = build_optimizer(self.optimizer, self.param_groups())
-        log.info("%s", table(describe(optimizer)))
-        schedule = self.schedule(optimizer, self.trainer.estimated_stepping_batches)  # type: ignore[arg-type]
-        self._configured = snapshot(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """After a resume, what is configured now counts, not what the checkpoint had."""
-        optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
-        scheduled = getattr(schedule, "writes", ("lr",))
-        for difference in reassert(optimizer, self._configured, scheduled):
-            log.warning("resume: %s", difference)
-
-    def on_validation_end(self) -> None:
-        """A plateau schedule hears of its metric, equal on all ranks, once per validation."""
-        schedule = self.lr_schedulers() if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking else None
-        if isinstance(schedule, Plateau):
-            if schedule.monitor not in self.trainer.callback_metrics:
-                known = ", ".join(sorted(self.trainer.callback_metrics))
-                raise ValueError(f"schedule.monitor {schedule.monitor!r} is not logged; there are {known}")
-            schedule.observe(self.trainer.callback_metrics[schedule.monitor])
-
-    def setup(self, stage: str) -> None:
-        """Balanced class weights need the training counts of the data module."""
-        if self.balanced and stage == "fit":
-            counts = self.trainer.datamodule.class_counts  # type: ignore[attr-defined]
-            self.class_weights = balanced_weights(counts).to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the checkpoint without the code that trained it."""

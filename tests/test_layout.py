@@ -14,9 +14,9 @@ SCIENCE = {"torch", "numpy", "lightning", "typing_extensions"}
 
 MAY_IMPORT = {
     "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
-    "recipes": SCIENCE | {"torchvision", "jsonargparse", "yaml", "rich", "callbacks", "datamodules"},
+    "recipes": SCIENCE | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "callbacks", "datamodules"},
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
-    "datamodules": SCIENCE | {"torchvision", "datasets", "transformers", "PIL", "sklearn"},
+    "datamodules": SCIENCE | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "sklearn"},
 }
 ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
 FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))

@@ -1,8 +1,8 @@
-"""Classification losses that take labels or probabilities, and skip what is only there to fill up a batch."""
+"""Losses that skip what is only there to fill up a batch; the classes' takes labels or probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -53,6 +53,36 @@ def classification_loss(
     return -(target * log_p).sum() / total.clamp(min=torch.finfo(log_p.dtype).tiny)
 
 
+def labelled(target: Tensor) -> Tensor:
+    """Which samples have a label, `(batch,)`: not -100, and for several labels or a score not NaN."""
+    known = ~target.isnan() if target.is_floating_point() else target != IGNORED
+    return known if known.ndim == 1 else known.all(1)
+
+
+def multi_label_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross-entropy over classes and the samples that have labels; 0 where none has.
+
+    Args:
+        logits: `(batch, classes)`.
+        target: 0 or 1, `(batch, classes)`; NaN for a sample without labels.
+    """
+    known = labelled(target)
+    each = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none").mean(1)
+    return (each * known).sum() / known.sum().clamp(min=1)
+
+
+def score_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the samples that have a score; 0 where none has.
+
+    Args:
+        logits: `(batch, 1)`.
+        target: `(batch,)`; NaN for a sample without a score.
+    """
+    known = labelled(target)
+    each = (logits.float().squeeze(1) - target.nan_to_num()).square()
+    return (each * known).sum() / known.sum().clamp(min=1)
+
+
 def weight_of(target: Tensor, weight: Tensor | None) -> Tensor:
     """Weight of each sample `(batch,)` under its unsmoothed target `(batch, classes)`."""
     return target.sum(1) if weight is None else target @ weight
@@ -69,3 +99,10 @@ def balanced_weights(counts: Sequence[int]) -> Tensor:
         raise ValueError(f"class_weights 'balanced' needs a training sample of every class; none of class {empty[0]}")
     per_class = torch.tensor(counts, dtype=torch.float32)
     return per_class.sum() / (len(counts) * per_class)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {  # by what is learnt, in transformers' words
+    "single_label_classification": classification_loss,
+    "multi_label_classification": multi_label_loss,
+    "regression": score_loss,
+}

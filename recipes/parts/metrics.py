@@ -1,9 +1,17 @@
-"""Metrics of a classifier, from torchmetrics."""
+"""Metrics of classes, of several labels and of scores, from torchmetrics."""
 
 from __future__ import annotations
 
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassStatScores
+import warnings
+
+from torchmetrics import MeanSquaredError, Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassStatScores,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
 
 from .losses import IGNORED
 
@@ -22,6 +30,37 @@ def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
             num_classes, top_k=5, average="micro", ignore_index=IGNORED, validate_args=False
         )
     return MetricCollection(metrics, prefix=prefix)
+
+
+def multi_label_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Micro and macro F1 at a probability of one half, and the share of samples with every label right."""
+    metrics: dict[str, Metric | MetricCollection] = {
+        "f1": MultilabelF1Score(num_classes, average="micro", validate_args=False),
+        "f1_macro": MultilabelF1Score(num_classes, average="macro", validate_args=False),
+        "accuracy": MultilabelExactMatch(num_classes, validate_args=False),
+    }
+    return MetricCollection(metrics, prefix=prefix)
+
+
+def score_metrics(prefix: str) -> MetricCollection:
+    """Pearson's and Spearman's correlation, and the mean squared error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*large memory footprint")  # ranks need all scores: two numbers a sample
+        spearman = SpearmanCorrCoef()
+    metrics: dict[str, Metric | MetricCollection] = {
+        "pearson": PearsonCorrCoef(),
+        "spearman": spearman,
+        "mse": MeanSquaredError(),
+    }
+    return MetricCollection(metrics, prefix=prefix)
+
+
+def metrics_of(problem_type: str, num_classes: int, prefix: str) -> MetricCollection:
+    """The metrics of what is learnt, in transformers' words: one label, several labels or a score."""
+    if problem_type == "regression":
+        return score_metrics(prefix)
+    make = multi_label_metrics if problem_type == "multi_label_classification" else classification_metrics
+    return make(num_classes, prefix)
 
 
 def per_class_counts(num_classes: int) -> MulticlassStatScores:

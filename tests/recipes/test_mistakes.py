@@ -15,7 +15,7 @@ MISTAKES = [
     ("fitt", "subcommand 'fitt' is not known | did you mean 'fit'?"),
     ("--config vision/quickstart fit", "the subcommand comes first"),
     ("fit --config vision/quickstar", "did you mean 'vision/quickstart'? | ls configs"),
-    ("fit --config quickstart", "did you mean 'vision/quickstart'?"),
+    ("fit --config quickstart", "or 'vision/quickstart'?"),
     ("fit --config", "--config needs a name or a file"),
     ("fit --config nowhere.yaml", "'nowhere.yaml' is neither a file nor a shipped config"),
     ("QUICK bar", "unexpected word 'bar'"),

@@ -1,0 +1,469 @@
+"""What every text data set here shares: splits, tokens in a memory-mapped cache, batches of like length.
+
+A data set's own file says only where its texts and labels are (`read_splits`). This file turns them into batches:
+
+    {"input_ids": int64, (batch, length), padded to the batch's longest text, to a multiple of 8,
+     "attention_mask": int64, (batch, length), 0 for padding,
+     "token_type_ids": int64, (batch, length), for pairs of texts, where the encoder tells first from second,
+     "label": int64, (batch,); float, (batch, classes) for several labels and (batch,) for scores;
+              -100, or NaN, marks a sample that only fills up a rank's last batch,
+     "index": int64, (batch,), position in the split: `datamodule.sample_names(split)[index]` is its text}
+
+Texts are tokenised once, before training, into the `datasets` library's Arrow cache, in a file that is named by a hash
+of the tokenizer, the length and the content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .sampling import IGNORED, Draw, EpochSampler, LengthSampler
+from .splits import check_classes, check_rows, limit_per_class, stratified_split
+
+log = logging.getLogger(__name__)
+
+Batch: TypeAlias = dict[str, Any]
+ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
+NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+MANY = 50_000  # texts, for which a progress bar is worth its line
+MULTIPLE = 8  # batches are padded to a multiple of this: matrix units work on tiles
+
+
+@dataclass
+class Texts:
+    """The texts of a split, or a part of them.
+
+    Args:
+        table: A `datasets.Dataset` with the column `text`, and `pair` where texts come in pairs.
+        labels: `(n,)`, or `(n, classes)` for several labels.
+        rows: Row of the table for each sample, `(n,)`; the table as it is if not given.
+        skipped: Rows of the source that were left out.
+    """
+
+    table: Any
+    labels: Tensor
+    rows: Tensor | None = None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, rows: Tensor) -> Texts:
+        """Some of the samples."""
+        return replace(self, labels=self.labels[rows], rows=rows if self.rows is None else self.rows[rows])
+
+    def row(self, index: int) -> int:
+        """Where a sample is in the table."""
+        return index if self.rows is None else int(self.rows[index])
+
+    def text(self, index: int) -> str:
+        """A sample's text; of a pair both, with a bar between them."""
+        row = self.table[self.row(index)]
+        return f"{row['text']} | {row['pair']}" if "pair" in row else str(row["text"])
+
+
+class TextDataModule(LightningDataModule):
+    """Base of the text data modules; a subclass gives `class_names` and `read_splits`.
+
+    Args:
+        tokenizer: Name on the hub or folder; `None`: a recipe's CLI fills in the encoder's.
+        max_length: Tokens that are kept of a text, or of both of a pair, special ones included.
+        batch_size: Texts per training batch and rank.
+        tokens_per_batch: Limits the training batch to so many tokens, padding included, besides `batch_size`.
+        eval_batch_size: Texts per batch of validation, test and prediction; twice `batch_size` if not given.
+        problem_type: `single_label_classification`; `multi_label_classification`, any number of labels each; or
+            `regression`, a score.
+        val_share: Part of the training texts held out for validation where no split for it is given.
+        limit_per_class: At most so many training texts of each class, for few-text experiments.
+        seed: Decides the split and the order.
+    """
+
+    sample_kind = "text"  # what `sample_names` gives
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        tokens_per_batch: int | None = None,
+        eval_batch_size: int | None = None,
+        problem_type: ProblemType = "single_label_classification",
+        val_share: float = 0.1,
+        limit_per_class: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
+        if limit_per_class is not None and problem_type != "single_label_classification":
+            raise ValueError(f"data.limit_per_class needs one label per text, and data.problem_type is {problem_type}")
+        self.tokenizer_name, self.max_length = tokenizer, max_length
+        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.problem_type, self.val_share = problem_type, val_share
+        self.limit_per_class, self.seed = limit_per_class, seed
+        self.splits: dict[str, Texts] = {}
+        self.cut_rows: dict[str, list[int]] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the labels; known before `setup`."""
+        raise NotImplementedError
+
+    def read_splits(self) -> dict[str, Texts]:
+        """The data set's texts: `train` and whichever of `val`, `test` and `predict` exist."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 1 where a score is learnt."""
+        return 1 if self.problem_type == "regression" else len(self.class_names)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training texts of each class, after `setup`."""
+        labels = self.splits["train"].labels
+        if self.problem_type == "single_label_classification":
+            return torch.bincount(labels, minlength=self.num_classes).tolist()
+        return labels.sum(0, dtype=torch.long).tolist() if labels.dim() == 2 else [len(labels)]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The encoder's own, by transformers."""
+        from transformers import AutoTokenizer  # slow to import: only where it is used
+
+        if self.tokenizer_name is None:
+            raise ValueError("data.tokenizer is not set: give the encoder's name or folder")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no tokenizer {self.tokenizer_name!r}: expected a folder that holds one, or a name on the hub that "
+                f"can be reached ({str(error).splitlines()[0]})"
+            ) from error
+        if not tokenizer.is_fast:
+            raise ValueError(f"the tokenizer of {self.tokenizer_name!r} has no fast version; convert it first")
+        return tokenizer
+
+    @cached_property
+    def tokenizer_state(self) -> str:
+        """All that decides on the tokens of a text."""
+        tokenizer = self.tokenizer.backend_tokenizer
+        tokenizer.no_truncation()  # a call would write it in
+        tokenizer.no_padding()
+        return str(tokenizer.to_str())
+
+    @staticmethod
+    def digest(*facts: Any) -> str:
+        """A short hash."""
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+    def sample_names(self, split: str) -> Callable[[int], str]:
+        """Gives the texts of a split by their `index` in a batch."""
+        return self.splits[split].text
+
+    def prepare_data(self) -> None:
+        """Read and tokenise, once on a machine; the other processes find the cache."""
+        wanted = NEEDED.get(str(self.trainer.state.fn)) if self.trainer and self.trainer.state.fn else None
+        for split, texts in self.read_splits().items():
+            if wanted is None or split in wanted:
+                self.describe(split, texts, self.tokens(texts.table))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split and limit what `read_splits` finds."""
+        if self.splits:
+            return
+        splits = self.read_splits()
+        if "train" in splits and "val" not in splits:
+            train = splits["train"]
+            single = self.problem_type == "single_label_classification"
+            classes = train.labels if single else torch.zeros(len(train), dtype=torch.long)
+            kept, held_out = stratified_split(classes, self.val_share, self.seed)
+            splits["train"], splits["val"] = train.part(kept), train.part(held_out)
+        if "train" in splits and self.limit_per_class is not None:
+            train = splits["train"]
+            splits["train"] = train.part(limit_per_class(train.labels, self.limit_per_class, self.seed))
+        if "predict" not in splits:
+            splits["predict"] = splits.get("test") or splits["val"]
+        self.splits = splits
+        self.cut_rows = {name: texts.rows.tolist() for name, texts in splits.items() if texts.rows is not None}
+        counts = ", ".join(f"{len(texts):,} {name}" for name, texts in splits.items() if name != "predict")
+        log.info("data: %s texts", counts or f"{len(splits['predict']):,}")
+
+    def tokens(self, table: Any) -> Tokens:
+        """The tokens of a table of texts, from the cache or made now."""
+        tokenizer, pairs = self.tokenizer, "pair" in table.column_names
+        types = pairs and "token_type_ids" in tokenizer.model_input_names
+        import datasets
+
+        columns = {"input_ids": datasets.List(datasets.Value("int32")), "truncated": datasets.Value("bool")}
+        if types:
+            columns["token_type_ids"] = datasets.List(datasets.Value("int8"))
+
+        def tokenise(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+            found = tokenizer(
+                batch["text"], batch.get("pair"), truncation=True, max_length=self.max_length, verbose=False
+            )
+            truncated = [bool(encoding.overflowing) for encoding in found.encodings]
+            return {**{name: found[name] for name in columns if name != "truncated"}, "truncated": truncated}
+
+        with progress_bars(len(table) > MANY):
+            tokens = table.map(
+                tokenise,
+                batched=True,
+                remove_columns=table.column_names,
+                features=datasets.Features(columns),
+                new_fingerprint=self.digest(self.tokenizer_state, self.max_length, table._fingerprint),
+                desc="tokenising",
+            )
+        return Tokens(tokens)
+
+    def describe(self, split: str, texts: Texts, tokens: Tokens) -> None:
+        """Say how long the texts are, and what was cut off or left out."""
+        rows = slice(None) if texts.rows is None else texts.rows.numpy()
+        cut, skipped = tokens.truncated[rows].mean(), f"; {texts.skipped} rows skipped" if texts.skipped else ""
+        log.info(
+            "%s: %s; %.1f %% cut at %d tokens%s",
+            *(split, histogram(tokens.lengths[rows]), 100 * cut, self.max_length, skipped),
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled, in batches of like length."""
+        return self._loader("train", train=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The longest first; every text counts once, also over several ranks."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """As validation. Without a test split this is the validation split, and a warning says so."""
+        if "test" not in self.splits:
+            log.warning("no test split: testing on the validation texts, which chose the checkpoint")
+            return self._loader("val")
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """In the order of the file, so that predictions can be written as they come."""
+        return self._in_order("predict")
+
+    def fisher_dataloader(self) -> DataLoader[Batch]:
+        """The training texts one by one, for a callback that takes stock of the finished fit."""
+        return self._in_order("train", world=1, rank=0)
+
+    def planned_steps(self, texts: int, world_size: int) -> int:
+        """Batches of an epoch per rank; where tokens limit them, this takes the texts and the tokenizer."""
+        if self.tokens_per_batch is None or "train" not in self.splits:
+            return -(-texts // (self.batch_size * world_size))
+        return len(self._sampler("train", train=True, world=world_size, rank=0))
+
+    def _dataset(self, split: str) -> TokenBatches:
+        texts, tokenizer = self.splits[split], self.tokenizer
+        return TokenBatches(texts, self.tokens(texts.table), tokenizer.pad_token_id, self.max_length)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _sampler(self, split: str, *, train: bool, world: int, rank: int) -> LengthSampler:
+        return LengthSampler(
+            self._dataset(split).padded_lengths(),
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            tokens=self.tokens_per_batch if train else None,
+            shuffle=train,
+            seed=self.seed,
+            num_replicas=world,
+            rank=rank,
+        )
+
+    def _loader(self, split: str, *, train: bool = False) -> DataLoader[Batch]:
+        world, rank = self._ranks()
+        sampler = self._sampler(split, train=train, world=world, rank=rank)
+        whole = WholeBatches(self._dataset(split))
+        return DataLoader(whole, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    def _in_order(self, split: str, world: int | None = None, rank: int = 0) -> DataLoader[Batch]:
+        if world is None:
+            world, rank = self._ranks()
+        sampler = EpochSampler(len(self.splits[split]), shuffle=False, num_replicas=world, rank=rank)
+        return DataLoader(self._dataset(split), batch_size=self.eval_batch_size, sampler=sampler, collate_fn=as_it_is)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should tell about the data: class names, tokenizer, the split."""
+        return {
+            "class_names": self.class_names,
+            "problem_type": self.problem_type,
+            "tokenizer": self.tokenizer_name,
+            "tokenizer_digest": self.digest(self.tokenizer_state),
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "counts": {name: len(texts) for name, texts in self.splits.items()},
+            "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in self.cut_rows.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse other classes than the checkpoint's, and to go on training with another split."""
+        check_classes(state_dict, self.class_names)
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            check_rows(state_dict, self.cut_rows)
+        if self.digest(self.tokenizer_state) != state_dict["tokenizer_digest"]:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer_name!r} is not the checkpoint's: its tokens would be read as others"
+            )
+
+
+class Tokens:
+    """Token numbers of many texts, read where they lie: in a memory-mapped Arrow file.
+
+    Args:
+        table: A `datasets.Dataset` with the columns `input_ids`, `truncated` and perhaps the one beside.
+        beside: Column of another number for each token.
+    """
+
+    def __init__(self, table: Any, beside: str = "token_type_ids") -> None:
+        columns = table.data.table
+        self.ids = [flat(chunk) for chunk in columns["input_ids"].chunks]
+        others = columns[beside].chunks if beside in columns.column_names else []
+        self.beside = [flat(chunk) for chunk in others]
+        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self.ids)])
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets, _ in self.ids)])
+        self.truncated = columns["truncated"].to_numpy()
+
+    def read(self, row: int) -> list[npt.NDArray[Any]]:
+        """Tokens of one text, `(length,)`, and what is beside them."""
+        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
+        place = row - self.starts[chunk]
+        columns = (self.ids, self.beside) if self.beside else (self.ids,)
+        return [
+            values[offsets[place] : offsets[place + 1]] for offsets, values in (column[chunk] for column in columns)
+        ]
+
+
+def flat(chunk: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Offsets and values of a chunk of lists, without a copy."""
+    return chunk.offsets.to_numpy(), chunk.values.to_numpy()
+
+
+class TokenBatches(Dataset[Batch]):
+    """Whole batches of tokens, padded to their longest.
+
+    Args:
+        texts: Which texts, and their labels.
+        tokens: Those of the texts' table.
+        pad: Number of the padding token.
+        max_length: Padding goes no further.
+    """
+
+    def __init__(self, texts: Texts, tokens: Tokens, pad: int, max_length: int) -> None:
+        self.texts, self.tokens, self.pad, self.max_length = texts, tokens, pad, max_length
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def padded_lengths(self) -> Any:
+        """Length of each text, padding included, if it were a batch of its own."""
+        lengths = self.tokens.lengths
+        return self.padded(lengths if self.texts.rows is None else lengths[self.texts.rows.numpy()])
+
+    def padded(self, length: Any) -> Any:
+        """Up to a multiple of 8, but not above `max_length`."""
+        return np.minimum(-(-length // MULTIPLE) * MULTIPLE, self.max_length)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
+        index = torch.tensor([draw.row for draw in draws])
+        rows = index if self.texts.rows is None else self.texts.rows[index]
+        found = [self.tokens.read(row) for row in rows.tolist()]
+        lengths = np.array([len(ids) for ids, *_ in found])
+        width = int(self.padded(lengths.max()))
+        columns = np.zeros((1 + bool(self.tokens.beside), len(found), width), np.int64)
+        columns[0] = self.pad
+        for line, text in enumerate(found):
+            for column, values in zip(columns, text, strict=True):
+                column[line, : len(values)] = values
+        labels = self.texts.labels[index]
+        labels[torch.tensor([draw.is_padding for draw in draws])] = torch.nan if labels.is_floating_point() else IGNORED
+        batch = {
+            "input_ids": torch.from_numpy(columns[0]),
+            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
+            "label": labels,
+            "index": index,
+        }
+        if self.tokens.beside:
+            batch["token_type_ids"] = torch.from_numpy(columns[1])
+        return batch
+
+
+class WholeBatches(Dataset[Batch]):
+    """For a sampler that draws whole batches.
+
+    Args:
+        batches: Makes them.
+    """
+
+    def __init__(self, batches: TokenBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, draws: list[Draw]) -> Batch:
+        """A whole batch."""
+        return self.batches.__getitems__(draws)
+
+
+@contextlib.contextmanager
+def progress_bars(wanted: bool) -> Iterator[None]:
+    """Lets the `datasets` library show its bars, or not."""
+    import datasets
+
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if wanted and not before else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Collate nothing: the data set here returns whole batches."""
+    return batch
+
+
+def histogram(lengths: npt.ArrayLike) -> str:
+    """How long texts are, on one line: median, 95 %, longest, and a bar for each eighth of the range."""
+    lengths = np.asarray(lengths)
+    if not len(lengths):
+        return "no texts"
+    counts, edges = np.histogram(lengths, bins=8, range=(0, lengths.max()))
+    bars = "".join("▁▂▃▄▅▆▇█"[int(7 * count / counts.max())] for count in counts)
+    median, most = np.percentile(lengths, (50, 95))
+    return f"{median:.0f} tokens in the median, {most:.0f} at 95 %, {lengths.max()} at most, 0 {bars} {edges[-1]:.0f}"
+
+
+def label_numbers(values: Sequence[str], class_names: Sequence[str], where: Callable[[int], str]) -> Tensor:
+    """Class number of each label, `(n,)`; a label is the name of a class, or its number.
+
+    Raises:
+        ValueError: A label is not among the classes; says where.
+    """
+    number = {str(label): label for label in range(len(class_names))}
+    number |= {name: label for label, name in enumerate(class_names)}
+    unseen = next((row for row, value in enumerate(values) if value not in number), None)
+    if unseen is not None:
+        raise ValueError(
+            f"{where(unseen)}: label {values[unseen]!r} is not among the classes of the training texts, "
+            f"{', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}"
+        )
+    return torch.tensor([number[value] for value in values], dtype=torch.long)

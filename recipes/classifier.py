@@ -1,0 +1,132 @@
+"""What every recipe's classifier does around its step: the optimiser, sums over an epoch, the plateau's metric."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from .parts.losses import balanced_weights
+from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
+from .parts.schedules import Plateau
+
+log = logging.getLogger(__name__)
+
+
+class Classifier(LightningModule):
+    """Base of the recipes' classifiers; a subclass has a net, `layer_groups` and the steps.
+
+    Args:
+        num_classes: Classes.
+        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        optimizer: Called with the parameter groups.
+        schedule: Called with the optimiser and the total number of optimiser steps.
+        layer_decay: Factor on the learning rate from each block to the one before it.
+        lr_multipliers: Ordered pattern -> factor on the learning rate.
+    """
+
+    class_weights: Tensor | None
+    epoch_sums: Tensor
+    per_class: Any
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_weights: list[float] | str | None,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        schedule: Callable[[Optimizer, int], LRScheduler],
+        layer_decay: float,
+        lr_multipliers: dict[str, float] | None,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.schedule = optimizer, schedule
+        self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
+        self.balanced = isinstance(class_weights, str)
+        fixed = None if class_weights is None or self.balanced else torch.as_tensor(class_weights, dtype=torch.float)
+        if fixed is not None and len(fixed) != num_classes:
+            raise ValueError(f"model.class_weights needs {num_classes} numbers, one per class, not {len(fixed)}")
+        self.register_buffer("class_weights", fixed, persistent=False)
+        # NaN stays NaN; torchmetrics' "disable" would forget the weights, its default leave the NaN out
+        self.losses = nn.ModuleDict({split: MeanMetric(nan_strategy=float("nan")) for split in ("val", "test")})
+        self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, hits, samples; always fp32
+
+    def layer_groups(self) -> dict[str, list[str]]:
+        """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
+        raise NotImplementedError
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The blocks' parameters, each with its rate's scale, norms and biases without weight decay."""
+        return param_groups(
+            self,
+            self.layer_groups(),
+            weight_decay=None,  # the optimiser's own
+            layer_decay=self.layer_decay,
+            lr_multipliers=self.lr_multipliers,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Every parameter in one named group, a schedule per optimiser step."""
+        optimizer = build_optimizer(self.optimizer, self.param_groups())
+        log.info("%s", table(describe(optimizer)))
+        schedule = self.schedule(optimizer, self.trainer.estimated_stepping_batches)  # type: ignore[arg-type]
+        self._configured = snapshot(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Balanced class weights need the training counts of the data module."""
+        if self.balanced and stage == "fit":
+            counts = self.trainer.datamodule.class_counts  # type: ignore[attr-defined]
+            self.class_weights = balanced_weights(counts).to(self.device)
+
+    def on_train_start(self) -> None:
+        """After a resume, what is configured now counts, not what the checkpoint had."""
+        optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
+        scheduled = getattr(schedule, "writes", ("lr",))
+        for difference in reassert(optimizer, self._configured, scheduled):
+            log.warning("resume: %s", difference)
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_sums = torch.zeros(3, device=self.device)
+
+    def note(self, loss: Tensor, hits: Tensor, samples: int) -> None:
+        """Count a training batch; `self.log` in every step would cost much of a small step."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=samples)
+        self.epoch_sums += torch.stack([loss.detach() * samples, hits, hits.new_tensor(samples)])
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means."""
+        loss, hits, samples = self.epoch_sums
+        self.log_dict({"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}, sync_dist=True)
+
+    def log_loss(self, split: str, loss: Tensor, samples: int) -> None:
+        """Log the mean over all samples of all ranks; `self.log` alone would round the mean batch size down."""
+        self.losses[split].update(loss, samples)  # type: ignore[operator]
+        self.log(f"{split}/loss", self.losses[split], on_epoch=True, batch_size=1)  # type: ignore[arg-type]
+
+    def on_validation_end(self) -> None:
+        """A plateau schedule hears of its metric, equal on all ranks, once per validation."""
+        schedule = self.lr_schedulers() if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking else None
+        if isinstance(schedule, Plateau):
+            if schedule.monitor not in self.trainer.callback_metrics:
+                known = ", ".join(sorted(self.trainer.callback_metrics))
+                raise ValueError(f"schedule.monitor {schedule.monitor!r} is not logged; there are {known}")
+            schedule.observe(self.trainer.callback_metrics[schedule.monitor])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy of each class by its name."""
+        if self.per_class is None:
+            return
+        class_names = getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+        for label, (right, _, _, _, samples) in enumerate(self.per_class.compute().tolist()):
+            if samples:
+                name = class_names[label] if class_names else label
+                self.log(f"test/accuracy_of/{name}", right / samples, sync_dist=True)
+        self.per_class.reset()

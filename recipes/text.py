@@ -1,0 +1,276 @@
+"""Fine-tune a text classifier: BERT, RoBERTa, ALBERT, DistilBERT and their family.
+
+    python -m recipes.text fit --test --config text/quickstart
+
+The model, the loss, the step and the optimiser, top to bottom. The data module delivers tokens in batches of like
+length; its tokenizer is the encoder's, so the two can't disagree.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from . import __version__, names
+
+if __name__ == "__main__":
+    names.start("text", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .classifier import Classifier
+from .cli import RecipeCLI
+from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
+from .parts.heads import HeadInit, HeadKind, build_head
+from .parts.losses import LOSSES, LossKind, labelled
+from .parts.metrics import metrics_of, per_class_counts
+from .parts.schedules import Linear
+from .runs import load_checkpoint, with_weights_of
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MONITORS = {
+    "single_label_classification": ("val/accuracy", "max"),
+    "multi_label_classification": ("val/f1", "max"),
+    "regression": ("val/spearman", "max"),
+}
+
+
+class TextClassifier(Classifier):
+    """A pretrained encoder with a new head.
+
+    Args:
+        num_classes: Classes; 1 for a score.
+        encoder: Name on the hub, folder, or name of an encoder that ships with this package. Weights are read from
+            safetensors only, and no code from the hub is run.
+        pretrained: Whether to load its weights; without, only its architecture is taken.
+        problem_type: `single_label_classification`, `multi_label_classification` or `regression`; the data's.
+        pooling: What the head sees. `model`: transformers' own classifier for this encoder, with its pooler; the
+            result opens in plain transformers. `cls`: the first token. `mean`: the mean over real tokens.
+        head: `linear`, `mlp` or `cosine`; other than linear with pooling cls or mean.
+        head_hidden: Width of the hidden layer of `mlp`.
+        head_dropout: Probability of dropping a feature before the head; the encoder's own if not given.
+        head_init: How the head starts, with pooling cls or mean: default, kaiming, xavier, normal or zeros.
+        dropout: Of the encoder's layers and attention; its own if not given.
+        reinit_layers: How many of the last layers, and the pooler, start from fresh weights (Zhang et al. 2021,
+            https://arxiv.org/abs/2006.05987: 1 to 3 help with few thousand texts).
+        loss: `cross_entropy` or `focal`; for several labels binary cross-entropy, for scores squared error.
+        label_smoothing: Probability spread evenly over the classes.
+        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        focal_gamma: Exponent of the focal loss.
+        optimizer: Called with the parameter groups, e.g. `functools.partial(torch.optim.AdamW, lr=2e-5)`.
+        schedule: Called with the optimiser and the total number of optimiser steps.
+        layer_decay: Factor on the learning rate from each block to the one before it (Howard & Ruder 2018,
+            https://arxiv.org/abs/1801.06146); 1 for one rate.
+        lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a parameter's name
+            counts.
+        gradient_checkpointing: Whether to compute activations twice and keep few of them: less memory, a third more
+            time.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        encoder: str = "google-bert/bert-base-uncased",
+        pretrained: bool = True,
+        problem_type: ProblemType = "single_label_classification",
+        pooling: Pooling = "model",
+        head: HeadKind = "linear",
+        head_hidden: int = 512,
+        head_dropout: float | None = None,
+        head_init: HeadInit = "default",
+        dropout: float | None = None,
+        reinit_layers: int = 0,
+        loss: LossKind = "cross_entropy",
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        focal_gamma: float = 2.0,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
+        schedule: Callable[[Optimizer, int], LRScheduler] = Linear,
+        layer_decay: float = 1.0,
+        lr_multipliers: dict[str, float] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
+        self.save_hyperparameters()
+        for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
+            if callable(self.hparams[name]):
+                del self.hparams[name]
+        single = problem_type == "single_label_classification"
+        if not single and (class_weights or label_smoothing or loss != "cross_entropy"):
+            raise ValueError(f"class_weights, label_smoothing and the focal loss are for one label, not {problem_type}")
+        if pooling == "model" and head != "linear":
+            raise ValueError(f"pooling model brings transformers' own head; for head {head} take pooling cls or mean")
+        self.pooling, self.problem_type, self.monitor = pooling, problem_type, MONITORS[problem_type]
+        build = functools.partial(
+            build_encoder, encoder, pretrained=pretrained, dropout=dropout, reinit_layers=reinit_layers
+        )
+        if pooling == "model":
+            self.net = build(num_classes=num_classes, problem_type=problem_type, head_dropout=head_dropout)
+        else:
+            self.net = build()
+            width, dropped = self.net.config.hidden_size, 0.1 if head_dropout is None else head_dropout
+            self.head = build_head(head, width, num_classes, hidden=head_hidden, dropout=dropped, init=head_init)
+        if gradient_checkpointing:
+            enable = getattr(self.net, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+            (enable or self.net.gradient_checkpointing_enable)()
+        options = {"kind": loss, "label_smoothing": label_smoothing, "gamma": focal_gamma} if single else {}
+        self.loss = functools.partial(LOSSES[problem_type], **options)  # type: ignore[arg-type]
+        self.metrics = nn.ModuleDict(
+            {split: metrics_of(problem_type, num_classes, f"{split}/") for split in ("val", "test")}
+        )
+        self.per_class = per_class_counts(num_classes) if single else None
+
+    def layer_groups(self) -> dict[str, list[str]]:
+        """Ordered blocks, input to output: name -> dotted paths of modules."""
+        groups = {name: [f"net.{path}" for path in paths] for name, paths in encoder_blocks(self.net).items()}
+        return groups if self.pooling == "model" else groups | {"head": ["head"]}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Tokens, their mask and types, each `(batch, length)`, to logits `(batch, num_classes)`."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out = self.net(input_ids=input_ids, attention_mask=attention_mask, **types)
+        if self.pooling == "model":
+            return out.logits  # type: ignore[no-any-return]
+        return self.head(pool(out.last_hidden_state, attention_mask, self.pooling))  # type: ignore[no-any-return]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of a batch."""
+        return self(**{name: batch[name] for name in INPUTS if name in batch})  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.logits(batch)
+        weight = {} if self.class_weights is None else {"weight": self.class_weights}
+        loss = self.loss(logits, batch["label"], **weight)
+        self.note(loss, self.hits(logits.detach(), batch["label"]), len(logits))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self._evaluate(batch, "test")
+        if self.per_class is not None:
+            self.per_class.update(logits, batch["label"])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Index, label and probabilities of each text, or its score."""
+        logits = self.logits(batch).float()
+        if self.problem_type == "regression":
+            return {"index": batch["index"], "score": logits.squeeze(1)}
+        if self.problem_type == "multi_label_classification":
+            p = logits.sigmoid()
+            return {"index": batch["index"], "label": p > 0.5, "p": p}
+        p = logits.softmax(1)
+        probability, label = p.max(1)
+        return {"index": batch["index"], "label": label, "probability": probability, "p": p}
+
+    def hits(self, logits: Tensor, label: Tensor) -> Tensor:
+        """How many texts have all that is right; none where a score is learnt."""
+        if self.problem_type == "regression":
+            return label.new_zeros(())
+        if label.ndim == 2:
+            return ((logits > 0) == label.bool()).all(1).sum()
+        return (logits.argmax(1) == label).sum()
+
+    def _evaluate(self, batch: Batch, split: str) -> Tensor:
+        logits, label = self.logits(batch).float(), batch["label"]
+        kept = labelled(label)
+        self.log_loss(split, self.loss(logits, label), int(kept.sum()))  # without class weights: as the data are
+        metrics, known = self.metrics[split], logits[kept]
+        if len(known):
+            target = label[kept].long() if label.ndim == 2 else label[kept]
+            metrics.update(known.squeeze(1) if self.problem_type == "regression" else known, target)  # type: ignore[operator]
+        self.log_dict(metrics, prog_bar=split == "val", batch_size=1)  # type: ignore[arg-type]
+        return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is needed to use the checkpoint without the code that trained it."""
+        checkpoint["recipe"] = {
+            "name": "text",
+            "encoder": self.net.config.to_dict(),
+            "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
+        }
+
+
+class TextCLI(RecipeCLI):
+    """The command line of this recipe: data and model agree on tokenizer and problem; the result, for transformers."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As in all recipes; what kind of label there is, the data says."""
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments(
+            "data", "model.problem_type", compute_fn=lambda data: data.problem_type, apply_on="instantiate"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """A checkpoint brings the names of its classes."""
+        super().before_instantiate_classes()
+        config = self.config[self.subcommand]
+        if self.subcommand != "fit" and config.ckpt_path and "class_names" in config.data.init_args:
+            data_states = [
+                v for k, v in load_checkpoint(config.ckpt_path).items() if k == config.data.class_path.split(".")[-1]
+            ]
+            if data_states and config.data.init_args.class_names is None:
+                config.data.init_args.class_names = data_states[0]["class_names"]
+
+    def instantiate_classes(self) -> None:
+        """The tokenizer is the encoder's unless the data names one."""
+        super().instantiate_classes()
+        data: Any = self.datamodule
+        if data.tokenizer_name is None:
+            data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
+        most = max_tokens(self.model.net.config)
+        if most is not None and data.max_length > most:
+            names.stop(
+                f"data.max_length is {data.max_length}, and {self.model.hparams['encoder']} takes {most} at most"
+            )
+
+    def after_fit(self) -> None:
+        """As in all recipes; and the best checkpoint as a folder that plain transformers opens."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best and self.trainer.is_global_zero:
+            save_for_transformers(self.model, best, self.datamodule, self.folder / "hf")  # type: ignore[arg-type]
+        super().after_fit()
+
+
+def save_for_transformers(model: TextClassifier, checkpoint: str | Path, data: Any, folder: Path) -> None:
+    """Write a folder for `AutoModelForSequenceClassification.from_pretrained`, with class names and tokenizer.
+
+    Args:
+        model: Of which the checkpoint is.
+        checkpoint: Whose weights to write.
+        data: Its `class_names` and `tokenizer`.
+        folder: Where to.
+    """
+    if model.pooling != "model":
+        log.info("no folder for transformers: its classifiers have other heads than pooling %s", model.pooling)
+        return
+    net = with_weights_of(model.net, checkpoint)
+    net.config.id2label = dict(enumerate(data.class_names))
+    net.config.label2id = {name: label for label, name in enumerate(data.class_names)}
+    with quietly():
+        net.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    log.info("for transformers: AutoModelForSequenceClassification.from_pretrained(%r)", str(folder))
+
+
+def main(args: ArgsType = None, *, plan: bool = False) -> TextCLI:
+    """Run the command line, or only build it to `plan`; returns it with its `trainer`, `model` and `datamodule`."""
+    return TextCLI(TextClassifier, args, plan=plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Tokens and batches: what the encoder's own tokenizer gives, padded no further than needed, from a cache."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from datamodules import Docstrings, TextFiles
+from datamodules.text import histogram
+from tests.tiny_encoders import tokenizer, write_csv
+
+
+@pytest.fixture
+def words(own_folder: Path) -> str:
+    """A folder with a tokenizer."""
+    tokenizer().save_pretrained(own_folder / "words")
+    return str(own_folder / "words")
+
+
+def module(folder: Path, words: str, rows: int = 60, **options: object) -> TextFiles:
+    path = write_csv(folder / "train.csv", rows)
+    data = TextFiles(str(path), tokenizer=words, **{"batch_size": 8, "max_length": 32, **options})  # type: ignore[arg-type]
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_tokens_are_those_of_the_tokenizer(own_folder: Path, words: str) -> None:
+    data = module(own_folder, words, max_length=12)
+    names = data.sample_names("val")
+    for batch in data.val_dataloader():
+        texts = [names(index) for index in batch["index"].tolist()]
+        plain = AutoTokenizer.from_pretrained(words)(texts, truncation=True, max_length=12, padding=True)
+        width = len(plain["input_ids"][0])
+        assert batch["input_ids"][:, :width].tolist() == plain["input_ids"]
+        assert batch["attention_mask"][:, :width].tolist() == plain["attention_mask"]
+        assert not batch["attention_mask"][:, width:].any()
+        assert batch["input_ids"].shape[1] in (8, 12), "a multiple of 8, but not above max_length"
+
+
+def test_batches_are_padded_to_their_own_longest(own_folder: Path, words: str) -> None:
+    widths = set()
+    for batch in module(own_folder, words).train_dataloader():
+        longest = int(batch["attention_mask"].sum(1).max())
+        assert 0 <= batch["input_ids"].shape[1] - longest < 8
+        widths.add(batch["input_ids"].shape[1])
+    assert len(widths) > 1
+
+
+def test_labels_go_with_their_texts(own_folder: Path, words: str) -> None:
+    data = module(own_folder, words)
+    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        names = data.sample_names(split)
+        for batch in loader:
+            for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
+                good = any(word in names(index) for word in ("fine", "great", "good", "brilliant"))
+                assert label == good
+
+
+def test_pairs_bring_token_types(own_folder: Path, words: str) -> None:
+    (own_folder / "pairs.csv").write_text("a,b,label\n" + "fine film,poor story about war,x\ngood,bad,y\n" * 5)
+    data = TextFiles("pairs.csv", text_column=["a", "b"], tokenizer=words, max_length=16)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    plain = AutoTokenizer.from_pretrained(words)("fine film", "poor story about war")
+    row = batch["label"].tolist().index(0)
+    assert batch["token_type_ids"][row][: len(plain["input_ids"])].tolist() == plain["token_type_ids"]
+    assert batch["input_ids"][row][: len(plain["input_ids"])].tolist() == plain["input_ids"]
+
+
+def test_what_is_cut_off_is_told(own_folder: Path, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        module(own_folder, words, max_length=12)
+    assert "12 at most" in caplog.text and "cut at 12 tokens" in caplog.text
+    lengths = [len(ids) for ids in tokenizer()(texts(own_folder))["input_ids"]]
+    share = 100 * sum(length > 12 for length in lengths) / len(lengths)
+    assert f"{share:.1f} % cut" in caplog.text
+
+
+def texts(folder: Path) -> list[str]:
+    return [line.rsplit('"', 1)[0][1:] for line in (folder / "train.csv").read_text().splitlines()[1:]]
+
+
+def test_tokens_are_made_once(own_folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = module(own_folder, words)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("tokenised again")
+
+    data = TextFiles(str(own_folder / "train.csv"), tokenizer=words, batch_size=8, max_length=32)
+    monkeypatch.setattr(type(data.tokenizer), "__call__", refuse)
+    data.prepare_data()
+    data.setup("fit")
+    one, two = next(iter(first.train_dataloader())), next(iter(data.train_dataloader()))
+    assert torch.equal(one["input_ids"], two["input_ids"])
+    longer = TextFiles(str(own_folder / "train.csv"), tokenizer=words, max_length=16)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        longer.prepare_data()
+
+
+def test_the_split_is_stratified_recorded_and_held_to(own_folder: Path, words: str) -> None:
+    data = module(own_folder, words, val_share=0.2)
+    assert data.splits["val"].labels.bincount().tolist() == [6, 6]
+    state = data.state_dict()
+    assert len(state["split_rows"]["val"]) == 12 and state["class_names"] == ["bad", "good"]
+    module(own_folder, words, val_share=0.2).load_state_dict(state)
+    with pytest.raises(ValueError, match="same data, data.seed"):
+        module(own_folder, words, val_share=0.2, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="labels would be read as other classes"):
+        data.load_state_dict({**state, "class_names": ["good", "bad"]})
+
+
+def test_few_texts_of_each_class(own_folder: Path, words: str) -> None:
+    assert module(own_folder, words, limit_per_class=5).class_counts == [5, 5]
+    with pytest.raises(ValueError, match="limit_per_class needs one label per text"):
+        TextFiles(problem_type="regression", limit_per_class=5)
+
+
+def test_predictions_come_in_the_order_of_the_file(own_folder: Path, words: str) -> None:
+    (own_folder / "raw.txt").write_text("\n".join(["good", "a bad one"] * 9))
+    data = TextFiles(predict_file="raw.txt", class_names=["a", "b"], tokenizer=words)
+    data.setup("predict")
+    found = [index for batch in data.predict_dataloader() for index in batch["index"].tolist()]
+    assert found == list(range(18))
+
+
+def test_what_fills_up_a_rank_has_no_label(own_folder: Path, words: str) -> None:
+    data = module(own_folder, words, rows=50, val_share=0.1)
+    loaders = []
+    for rank in (0, 1, 2):
+        data._ranks = lambda rank=rank: (3, rank)  # type: ignore[method-assign, misc]
+        loaders.append(data.val_dataloader())
+    labels = torch.cat([batch["label"] for loader in loaders for batch in loader])
+    assert len(data.splits["val"]) == 4 and len(labels) == 6 and (labels == -100).sum() == 2
+
+
+def test_no_tokenizer_is_a_sentence(own_folder: Path) -> None:
+    data = TextFiles(str(write_csv(own_folder / "train.csv", 8)), tokenizer="not/there")
+    with pytest.raises(FileNotFoundError, match="no tokenizer 'not/there': expected a folder"):
+        data.prepare_data()
+
+
+def test_the_histogram_fits_on_a_line() -> None:
+    assert histogram([4, 4, 4, 8, 16, 32]) == "6 tokens in the median, 28 at 95 %, 32 at most, 0 ▁█▃▁▃▁▁▃ 32"
+    assert histogram([]) == "no texts"
+
+
+def test_docstrings_are_the_interpreters_own(words: str) -> None:
+    data = Docstrings(tokenizer=words)
+    data.setup("fit")
+    splits = data.splits
+    assert sum(len(splits[name]) for name in ("train", "val", "test")) > 4000
+    assert min(data.class_counts) * 2 > max(data.class_counts), "no class has twice as many as another"
+    found = {splits["train"].text(index) for index in range(len(splits["train"]))}
+    everything = found | {splits[name].text(index) for name in ("val", "test") for index in range(len(splits[name]))}
+    assert inspect.getdoc(json.JSONDecoder) in everything
+    for name in ("val", "test"):
+        assert not found & {splits[name].text(index) for index in range(len(splits[name]))}, "no text in two splits"
+    other = Docstrings(tokenizer=words, seed=1)
+    other.setup("fit")
+    assert torch.equal(other.splits["test"].rows, splits["test"].rows), "the test split is the same for every seed"  # type: ignore[arg-type]
+    assert not torch.equal(other.splits["val"].rows, splits["val"].rows)  # type: ignore[arg-type]
