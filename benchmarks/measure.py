@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +45,13 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
         }
         for name in ways
     }
+
+
+def used() -> float:
+    """CPU seconds of this process and of its living and finished workers."""
+    own = psutil.Process()
+    times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 def hardware() -> dict[str, Any]:

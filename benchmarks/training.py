@@ -18,7 +18,6 @@ Seconds are those of the second epoch: start-up is not counted in any of them.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import write_result
+from benchmarks.measure import used, write_result
 
 IMAGES, CLASSES, ROUNDS = 1600, 10, 2
 
@@ -110,16 +109,6 @@ WAYS = {
     "shipped": ours,
 }
 clock = {"wall": 0.0, "cpu": 0.0}
-
-
-def used() -> float:
-    """CPU seconds of this process and of its living and finished workers."""
-    total = time.process_time()
-    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-        for pid in child.read_text().split():
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
 
 
 def report_start(epoch: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .splits import stratified_split
-from .text import TextDataModule, Texts, label_numbers, progress_bars
+from .text import TextDataModule, Texts, cached_table, label_numbers, progress_bars
 
 KINDS = {
     "concurrency": "_threading_local asyncio concurrent contextvars multiprocessing queue sched signal subprocess "
@@ -64,9 +64,7 @@ class Docstrings(TextDataModule):
         key = hashlib.sha256(f"{sys.version} {KINDS} {MIN_WORDS}".encode()).hexdigest()[:32]
         text = datasets.Value("string")
         with progress_bars(False):
-            table = datasets.Dataset.from_generator(
-                read_docstrings, features=datasets.Features({"text": text, "label": text}), fingerprint=key
-            )
+            table = cached_table(key, datasets.Features({"text": text, "label": text}), read_docstrings)
         labels = label_numbers(table["label"][:], self.class_names, lambda row: f"docstring {row}")
         everything = Texts(table.remove_columns("label"), labels)
         train, test = (everything.part(rows) for rows in stratified_split(labels, TEST_SHARE, TEST_SEED))

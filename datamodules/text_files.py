@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from .sampling import IGNORED
-from .text import MANY, TextDataModule, Texts, label_numbers, progress_bars
+from .text import MANY, TextDataModule, Texts, cached_table, label_numbers, progress_bars
 
 READER = 1  # part of the cache's key: to be raised when the same file is read otherwise
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
@@ -185,15 +186,9 @@ class TextFiles(TextDataModule):
             "problem": datasets.Value("string"),
         }
         with progress_bars(sum(file.stat().st_size for file in files) > 200 * MANY):
-            try:
-                return datasets.Dataset.from_generator(
-                    read_files,
-                    features=datasets.Features(features),
-                    gen_kwargs={"files": tuple(files), **options},  # of lists it would make shards
-                    fingerprint=digest.hexdigest()[:32],
-                )
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise error.__cause__ or error from None
+            return cached_table(
+                digest.hexdigest()[:32], datasets.Features(features), functools.partial(read_files, files, **options)
+            )
 
 
 def expand(pattern: str | Sequence[str]) -> list[Path]:
