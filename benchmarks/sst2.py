@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import write_result
+from benchmarks.text import KEEP_WORDS
 
 SEEDS, TEXTS = (0, 1, 2), 2000
 ROOT = Path(os.environ.get("FINETUNING_DATA", "")) / "sst2"
@@ -34,6 +35,7 @@ WAYS: dict[str, list[str]] = {
     "layer decay 0.8": [*PLAIN, "--model.layer_decay=0.8"],
     "text/csv_minilm, 2 epochs": ["--trainer.max_epochs=2"],
     "text/csv_minilm": [],
+    "text/csv_minilm, word embeddings frozen": KEEP_WORDS,
     "text/csv_minilm, gradual unfreezing": UNFREEZING,
     "text/csv_minilm, all 6,920 sentences": [],
 }

@@ -2,7 +2,7 @@
 
 from .cifar10 import CIFAR10
 from .digits import Digits
-from .docstrings import Docstrings
+from .docstrings import Docstrings, PackageDocstrings
 from .folder import ImageFolder
 from .huggingface import HuggingFaceImages
 from .huggingface_text import HuggingFaceTexts
@@ -17,5 +17,6 @@ __all__ = [
     "HuggingFaceTexts",
     "ImageFolder",
     "MaskedTexts",
+    "PackageDocstrings",
     "TextFiles",
 ]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .splits import stratified_split
+import torch
+
+from .sampling import IGNORED
+from .splits import grouped_split
 from .text import TextDataModule, Texts, cached_table, label_numbers, progress_bars
 
 KINDS = {
@@ -31,6 +37,7 @@ KINDS = {
 }
 MIN_WORDS = 4
 TEST_SHARE, TEST_SEED = 0.2, 0  # there is no test split to be found: this one is the same in every run
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 class Docstrings(TextDataModule):
@@ -40,7 +47,9 @@ class Docstrings(TextDataModule):
     data formats, data types, files, language, networking, testing. A docstring that occurs twice counts once, and
     not at all if it does so in two kinds. Python's version decides what there is; modules that distributions leave
     out, such as tkinter, are not used.
-    Splits: 20 % for the test, stratified, the same whatever the seed; `val_share` of the rest for validation.
+    Splits: 20 % for the test, the same whatever the seed; `val_share` of the rest for validation. Docstrings of one
+    file share their words, so each file is in one split as a whole: with docstrings drawn one by one, a count of
+    words finds five of six, and here two of three.
     Licence: Python's own (PSF-2.0). Source: the interpreter that runs this.
 
     Args:
@@ -59,38 +68,100 @@ class Docstrings(TextDataModule):
 
     def read_splits(self) -> dict[str, Texts]:
         """Parse the sources, once for an interpreter; afterwards they are in the cache."""
-        import datasets  # slow to import: only where it is used
-
-        key = hashlib.sha256(f"{sys.version} {KINDS} {MIN_WORDS}".encode()).hexdigest()[:32]
-        text = datasets.Value("string")
-        with progress_bars(False):
-            table = cached_table(key, datasets.Features({"text": text, "label": text}), read_docstrings)
+        table = cached_texts(read_kinds, ("text", "label", "file"), sys.version, KINDS, MIN_WORDS)
         labels = label_numbers(table["label"][:], self.class_names, lambda row: f"docstring {row}")
-        everything = Texts(table.remove_columns("label"), labels)
-        train, test = (everything.part(rows) for rows in stratified_split(labels, TEST_SHARE, TEST_SEED))
-        return {"train": train, "test": test}
+        files = table["file"][:]
+        everything = Texts(table.select_columns("text"), labels)
+        kept, test = grouped_split(labels, files, TEST_SHARE, TEST_SEED)
+        train, val = grouped_split(labels[kept], [files[row] for row in kept], self.val_share, self.seed)
+        rows = {"train": kept[train], "val": kept[val], "test": test}
+        return {split: everything.part(chosen) for split, chosen in rows.items()}
 
 
-def read_docstrings() -> Iterator[dict[str, str]]:
-    """Text and kind of each docstring."""
-    kinds: dict[str, set[str]] = {}
+class PackageDocstrings(TextDataModule):
+    """Docstrings of all of the standard library and of installed packages: English about code, to pre-train on.
+
+    Contents: docstrings of four words and more; one that occurs twice counts once. Those that `Docstrings` tests on
+    are left out. There are no labels. Splits: all are for training; `val_share` of them is held out.
+    Licence: that of each package. Source: what is installed here.
+
+    Args:
+        packages: Names of packages, as they are imported.
+        **kwargs: Those of `TextDataModule`.
+
+    Raises:
+        ModuleNotFoundError: A package is not installed.
+    """
+
+    def __init__(self, packages: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.packages = packages or []
+
+    @property
+    def class_names(self) -> list[str]:
+        """None: the texts have no labels."""
+        return []
+
+    def read_splits(self) -> dict[str, Texts]:
+        """Parse the sources, once as long as they are the same."""
+        known = Docstrings(tokenizer=self.tokenizer_name).read_splits()["test"]
+        tested = frozenset(known.text(index) for index in range(len(known)))
+        sources = [path for path in LIBRARY.rglob("*.py") if "site-packages" not in path.parts]
+        for package in self.packages:
+            found = importlib.util.find_spec(package)
+            if found is None:
+                raise ModuleNotFoundError(f"data.packages: {package} is not installed")
+            sources += [path for root in found.submodule_search_locations or () for path in Path(root).rglob("*.py")]
+        sources = sorted(path for path in sources if not {"test", "tests"} & set(path.parts))
+        sizes = [(path.name, path.stat().st_size) for path in sources]
+        read = functools.partial(read_unlabelled, sources, tested)
+        table = cached_texts(read, ("text",), sys.version, sizes, sorted(tested), MIN_WORDS)
+        return {"train": Texts(table, torch.full((len(table),), IGNORED))}
+
+
+def cached_texts(read: Callable[[], Iterator[dict[str, str]]], columns: Sequence[str], *facts: Any) -> Any:
+    """Columns of text that a function reads, from the cache or read now."""
+    import datasets  # slow to import: only where it is used
+
+    key = hashlib.sha256(repr((columns, facts)).encode()).hexdigest()[:32]
+    with progress_bars(False):
+        return cached_table(key, datasets.Features({name: datasets.Value("string") for name in columns}), read)
+
+
+def read_kinds() -> Iterator[dict[str, str]]:
+    """Text, kind and file of each docstring of the modules that have a kind."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for kind, modules in KINDS.items():
         for module in modules.split():
-            for text in docstrings_of(module):
-                kinds.setdefault(text, set()).add(kind)
-    for text, found in kinds.items():
-        if len(found) == 1 and len(text.split()) >= MIN_WORDS:
-            yield {"text": text, "label": found.pop()}
+            for source in [LIBRARY / f"{module}.py", *sorted((LIBRARY / module).rglob("*.py"))]:
+                if source.is_file() and "test" not in source.parts:
+                    for text in docstrings_of(source):
+                        found.setdefault(text, []).append((kind, source.relative_to(LIBRARY).as_posix()))
+    for text, places in found.items():
+        if len({kind for kind, _ in places}) == 1:
+            yield {"text": text, "label": places[0][0], "file": places[0][1]}
 
 
-def docstrings_of(module: str) -> Iterator[str]:
-    """Docstrings in the sources of a module or package, as far as this Python has it."""
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]
+def read_unlabelled(sources: Iterable[Path], left_out: frozenset[str]) -> Iterator[dict[str, str]]:
+    """Each docstring of the sources once."""
+    seen = set(left_out)
     for source in sources:
-        if not source.is_file() or "test" in source.parts:
-            continue
-        for node in ast.walk(ast.parse(source.read_bytes())):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if documented and (text := ast.get_docstring(node)):  # type: ignore[arg-type]
+        for text in docstrings_of(source):
+            if text not in seen:
+                seen.add(text)
+                yield {"text": text}
+
+
+def docstrings_of(source: Path) -> Iterator[str]:
+    """Docstrings in a file, as far as it is Python that this interpreter reads."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of "\d" in somebody's strings
+            tree = ast.parse(source.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text and len(text.split()) >= MIN_WORDS:
                 yield text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -31,6 +33,31 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def grouped_split(labels: Tensor, groups: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out whole groups, about a share of every class: what belongs together is never on both sides.
+
+    Args:
+        labels: Classes, `(n,)`; all samples of a group are of one class.
+        groups: Which group each sample belongs to.
+        share: Part to hold out, in (0, 1). A class never gives more; it gives none if its every group is larger.
+        seed: Decides which groups.
+
+    Returns:
+        Indices kept and indices held out, each in ascending order.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
+    sizes, classes = Counter(groups), dict(zip(groups, labels.tolist(), strict=True))
+    room = {label: share * count for label, count in Counter(labels.tolist()).items()}
+    held_out = set()
+    for group in sorted(sizes, key=lambda group: (hash_seed(seed, crc32(group.encode())), group)):
+        if sizes[group] <= room[classes[group]]:
+            room[classes[group]] -= sizes[group]
+            held_out.add(group)
+    chosen = torch.tensor([group in held_out for group in groups])
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
 def limit_per_class(labels: Tensor, limit: int, seed: int) -> Tensor:
