@@ -3,20 +3,28 @@
 from .cifar10 import CIFAR10
 from .digits import Digits
 from .docstrings import Docstrings, PackageDocstrings
+from .flowers102 import Flowers102
 from .folder import ImageFolder
+from .food101 import Food101
 from .huggingface import HuggingFaceImages
 from .huggingface_text import HuggingFaceTexts
 from .masked_texts import MaskedTexts
+from .oxford_pets import OxfordPets
+from .stanford_dogs import StanfordDogs
 from .text_files import TextFiles
 
 __all__ = [
     "CIFAR10",
     "Digits",
     "Docstrings",
+    "Flowers102",
+    "Food101",
     "HuggingFaceImages",
     "HuggingFaceTexts",
     "ImageFolder",
     "MaskedTexts",
+    "OxfordPets",
     "PackageDocstrings",
+    "StanfordDogs",
     "TextFiles",
 ]

@@ -156,7 +156,7 @@ def docstrings_of(source: Path) -> Iterator[str]:
     """Docstrings in a file, as far as it is Python that this interpreter reads."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of "\d" in somebody's strings
+            warnings.simplefilter("ignore")  # of "\\d" in somebody's strings
             tree = ast.parse(source.read_bytes())
     except (SyntaxError, ValueError):
         return

@@ -156,6 +156,19 @@ def check_labels(pictures: Pictures, class_names: list[str]) -> None:
         )
 
 
+def check_there(paths: Sequence[str], advice: str) -> None:
+    """See that all files of a data set are there; each folder is listed once.
+
+    Raises:
+        FileNotFoundError: Names the first that is missing, says how many are, and gives the advice.
+    """
+    folders = {Path(path).parent for path in paths}
+    there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+    missing = [path for path in paths if path not in there]
+    if missing:
+        raise FileNotFoundError(f"{len(missing):,} of {len(paths):,} files are missing, first {missing[0]}: {advice}")
+
+
 def existing_folder(path: str | Path, what: str) -> Path:
     """The folder as a `Path`.
 

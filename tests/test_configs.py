@@ -12,6 +12,7 @@ from recipes import names
 from recipes.__main__ import main as command
 
 from .conftest import write_folder, write_parquet
+from .official_archives import write_flowers102, write_oxford_pets, write_stanford_dogs
 from .tiny_encoders import tiny_encoder, write_csv, write_text_parquet
 
 CONFIGS = names.config_names()
@@ -38,11 +39,21 @@ def test_plan_without_data(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "optimiser steps per epoch" in screen and "head" in screen and "weight decay" in screen
 
 
-def data_options(name: str, folder: Path) -> list[str]:
+OFFICIAL = {
+    "datamodules.StanfordDogs": write_stanford_dogs,
+    "datamodules.Flowers102": write_flowers102,
+    "datamodules.OxfordPets": write_oxford_pets,
+}
+
+
+def data_options(name: str, folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
     config = yaml.safe_load(names.find_config(name).read_text())
     data = config["data"]["class_path"]
     if data == "datamodules.CIFAR10":
         return [f"--data.root={folder / 'cifar10'}"]
+    if data in OFFICIAL:
+        OFFICIAL[data](folder / "official", patch)
+        return [f"--data.root={folder / 'official'}"]
     if data == "datamodules.ImageFolder":
         return [f"--data.root={write_folder(folder / 'pictures', each=6)}"]
     if data == "datamodules.HuggingFaceImages":
@@ -59,8 +70,12 @@ def data_options(name: str, folder: Path) -> list[str]:
         column = given.get("text_column", "text")
         files = {split: str(write_text_parquet(folder / f"{split}.parquet", 30, column)) for split in splits}
         return ["--data.path=parquet", "--data.name=null", f"--data.data_files={files}"]
-    if data == "datamodules.MaskedTexts" and config["data"]["init_args"]["texts"]["class_path"].endswith("TextFiles"):
-        return [f"--data.texts.train_file={write_csv(folder / 'texts.csv', 40)}"]
+    if data == "datamodules.MaskedTexts":
+        texts = config["data"]["init_args"]["texts"]["class_path"]
+        return {
+            "datamodules.TextFiles": [f"--data.texts.train_file={write_csv(folder / 'texts.csv', 40)}"],
+            "datamodules.PackageDocstrings": ["--data.texts.packages=[]"],
+        }.get(texts, [])
     return []
 
 
@@ -80,7 +95,9 @@ def model_options(name: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_steps_a_validation_and_a_test(name: str, own_folder: Path, cifar10: Path) -> None:
+def test_two_steps_a_validation_and_a_test(
+    name: str, own_folder: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = ["--data.batch_size=4", "--data.eval_batch_size=4", *model_options(name, own_folder)]
     once = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -89,7 +106,7 @@ def test_two_steps_a_validation_and_a_test(name: str, own_folder: Path, cifar10:
     cli = recipe.main(
         [
             *("fit", *test, "--config", name, "--trainer.accelerator=cpu"),
-            *(*data_options(name, own_folder), *small, *once, *quiet),
+            *(*data_options(name, own_folder, monkeypatch), *small, *once, *quiet),
         ]
     )
     assert cli.trainer.global_step == 2

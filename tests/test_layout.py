@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
     "recipes": SCIENCE | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "callbacks", "datamodules"},
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
-    "datamodules": SCIENCE | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "sklearn"},
+    "datamodules": SCIENCE
+    | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn", "tqdm"},
 }
 ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
 FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))

@@ -14,7 +14,7 @@ from PIL import Image
 from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.pictures import decode
-from datamodules.splits import limit_per_class, stratified_split
+from datamodules.splits import grouped_split, limit_per_class, stratified_split
 
 from ..conftest import picture, write_folder, write_parquet
 
@@ -114,6 +114,21 @@ def test_stratified_split_is_seeded_and_proportional() -> None:
     assert not torch.equal(stratified_split(labels, 0.2, seed=1)[1], held_out)
     with pytest.raises(ValueError, match="between 0 and 1, not 1"):
         stratified_split(labels, 1, seed=0)
+
+
+def test_groups_are_held_out_as_a_whole() -> None:
+    sizes = {"a": 30, "b": 5, "c": 5, "d": 10, "e": 40, "f": 4, "g": 6}  # a to d are of class 0, e to g of class 1
+    groups = [name for name, size in sizes.items() for _ in range(size)]
+    labels = torch.tensor([int(name > "d") for name in groups])
+    kept, held_out = grouped_split(labels, groups, 0.2, seed=0)
+    assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(100))
+    assert not {groups[row] for row in kept} & {groups[row] for row in held_out}
+    assert labels[held_out].bincount().tolist() == [10, 10], "a fifth of each class, where groups allow it"
+    assert torch.equal(grouped_split(labels, groups, 0.2, seed=0)[1], held_out)
+    assert any(not torch.equal(grouped_split(labels, groups, 0.2, seed)[1], held_out) for seed in range(1, 5))
+    assert not len(grouped_split(labels, groups, 0.01, seed=0)[1]), "never more than the share"
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        grouped_split(labels, groups, 1, seed=0)
 
 
 def test_fewer_images_are_a_subset_of_more() -> None:

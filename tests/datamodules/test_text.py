@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from datasets import Features, Value
 from transformers import AutoTokenizer
 
-from datamodules import Docstrings, TextFiles
-from datamodules.text import histogram
+from datamodules import Docstrings, PackageDocstrings, TextFiles
+from datamodules.docstrings import docstrings_of, read_kinds
+from datamodules.text import cached_table, histogram
 from tests.tiny_encoders import tokenizer, write_csv
 
 
@@ -160,9 +165,56 @@ def test_docstrings_are_the_interpreters_own(words: str) -> None:
     found = {splits["train"].text(index) for index in range(len(splits["train"]))}
     everything = found | {splits[name].text(index) for name in ("val", "test") for index in range(len(splits[name]))}
     assert inspect.getdoc(json.JSONDecoder) in everything
+    files = {text["text"]: text["file"] for text in read_kinds()}
+    of_split = {name: {files[texts.text(i)] for i in range(len(texts))} for name, texts in splits.items()}
+    assert not of_split["train"] & of_split["test"], "no file in two splits"
+    assert not of_split["train"] & of_split["val"]
+    assert not of_split["val"] & of_split["test"]
     for name in ("val", "test"):
         assert not found & {splits[name].text(index) for index in range(len(splits[name]))}, "no text in two splits"
     other = Docstrings(tokenizer=words, seed=1)
     other.setup("fit")
     assert torch.equal(other.splits["test"].rows, splits["test"].rows), "the test split is the same for every seed"  # type: ignore[arg-type]
-    assert not torch.equal(other.splits["val"].rows, splits["val"].rows)  # type: ignore[arg-type]
+    assert other.splits["val"].rows.tolist() != splits["val"].rows.tolist()  # type: ignore[union-attr]
+
+
+def test_docstrings_of_packages_leave_out_what_is_tested_on(words: str) -> None:
+    data = PackageDocstrings(["yaml"], tokenizer=words)
+    data.setup("fit")
+    found = {texts.text(index) for texts in data.splits.values() for index in range(len(texts))}
+    assert len(found) > 6000, "all of the standard library"
+    assert inspect.getdoc(yaml.scan) in found, "and the package"
+    test = Docstrings(tokenizer=words).read_splits()["test"]
+    assert not found & {test.text(index) for index in range(len(test))}
+    with pytest.raises(ModuleNotFoundError, match=r"data.packages: not_there is not installed"):
+        PackageDocstrings(["not_there"], tokenizer=words).read_splits()
+
+
+def test_a_file_that_is_not_python_has_no_docstrings(own_folder: Path) -> None:
+    (own_folder / "old.py").write_text('"""This was written for Python 2."""\nprint "hello"\n')
+    (own_folder / "zero.py").write_bytes(b"\0")
+    (own_folder / "new.py").write_text('"""This has a slip that is warned of."""\nx = "\\d"\n')
+    assert [list(docstrings_of(Path(name))) for name in ("old.py", "zero.py")] == [[], []]
+    assert list(docstrings_of(Path("new.py"))) == ["This has a slip that is warned of."]
+
+
+def test_what_is_cached_is_not_read_again() -> None:
+    features, calls = Features({"text": Value("string"), "number": Value("int64")}), []
+
+    def read(rows: int = 2500) -> Iterator[dict[str, Any]]:
+        calls.append(rows)
+        yield from ({"text": f"text {number}", "number": number} for number in range(rows))
+
+    table = cached_table("key", features, read)
+    assert table["number"][:] == list(range(2500))
+    assert cached_table("key", features, read)._fingerprint == table._fingerprint
+    assert len(calls) == 1
+    assert cached_table("other", features, read)._fingerprint != table._fingerprint
+
+    def fails() -> Iterator[dict[str, Any]]:
+        yield {"text": "", "number": 0}
+        raise FileNotFoundError("gone meanwhile")
+
+    with pytest.raises(FileNotFoundError, match="gone meanwhile"):
+        cached_table("failing", features, fails)
+    assert len(cached_table("failing", features, lambda: read(3))) == 3, "nothing of the failure was kept"

@@ -1,0 +1,65 @@
+"""Oxford Flowers 102: 8,189 photographs of flowers that grow in the United Kingdom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchvision import datasets
+
+from .images import ImageDataModule
+from .pictures import PictureFiles, Pictures, check_there
+
+
+class Flowers102(ImageDataModule):
+    """Oxford Flowers 102.
+
+    Contents: 8,189 RGB photographs, the shorter side 500 pixels, 102 species, 40 to 258 of each.
+    Folder: `<root>/flowers-102/` with `jpg/image_00001.jpg` and on, `imagelabels.mat` and `setid.mat`.
+    Splits: the official 1,020 for training, 1,020 for validation, ten of each species; 6,149 for the test.
+    Licence: none stated; for research. Source: Nilsback & Zisserman 2008,
+    https://www.robots.ox.ac.uk/~vgg/data/flowers/102/
+
+    Args:
+        root: Folder that holds `flowers-102`; it is downloaded there (345 MB, checksummed) if absent.
+        train_on_val: Whether to train on the validation pictures, too, as many papers do: 2,040 in all, of which
+            `val_share` is held out.
+        **kwargs: Those of `ImageDataModule`.
+    """
+
+    def __init__(self, root: str | Path = "data/flowers102", train_on_val: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root, self.train_on_val = Path(root).expanduser(), train_on_val
+
+    @property
+    def expected_samples(self) -> int:
+        """Training pictures that will be there, before any file is."""
+        if self.limit_per_class:
+            return 102 * self.limit_per_class
+        return round(2_040 * (1 - self.val_share)) if self.train_on_val else 1_020
+
+    @property
+    def class_names(self) -> list[str]:
+        """The species."""
+        return list(datasets.Flowers102.classes)
+
+    def prepare_data(self) -> None:
+        """Download what is not there."""
+        try:
+            datasets.Flowers102(str(self.root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"Flowers 102 is not in {self.root} and cannot be downloaded ({error}). Put 102flowers.tgz, "
+                "imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ into "
+                f"{self.root / 'flowers-102'}, or set data.root to where they are."
+            ) from error
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The files that the lists name; all of them must be there."""
+        splits = {}
+        for names in (("train", "val"), ("test",)) if self.train_on_val else (("train",), ("val",), ("test",)):
+            parts = [datasets.Flowers102(str(self.root), split=name) for name in names]
+            paths = [str(path) for part in parts for path in part._image_files]
+            check_there(paths, f"remove {self.root / 'flowers-102' / 'jpg'}, and it is unpacked again")
+            splits[names[0]] = PictureFiles(paths, [label for part in parts for label in part._labels])
+        return dict(splits)

@@ -1,0 +1,72 @@
+"""Oxford-IIIT Pet: 7,349 photographs of cats and dogs, with outlines."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torchvision import datasets
+
+from .images import ImageDataModule
+from .pictures import PictureFiles, Pictures, check_there
+
+
+class OxfordPets(ImageDataModule):
+    """Oxford-IIIT Pet.
+
+    Contents: 7,349 RGB photographs of various sizes, 25 breeds of dogs and 12 of cats, about 200 of each; for each
+    picture a map of what is animal (1), background (2) and outline (3).
+    Folder: `<root>/oxford-iiit-pet/` with `images/*.jpg`, `annotations/trainval.txt`, `annotations/test.txt` and
+    `annotations/trimaps/*.png`.
+    Splits: the official 3,669 for the test; `val_share` of the 3,680 others for validation.
+    Licence: CC BY-SA 4.0. Source: Parkhi et al. 2012, https://www.robots.ox.ac.uk/~vgg/data/pets/
+
+    Args:
+        root: Folder that holds `oxford-iiit-pet`; it is downloaded there (811 MB, checksummed) if absent.
+        **kwargs: Those of `ImageDataModule`.
+    """
+
+    num_classes = 37
+
+    def __init__(self, root: str | Path = "data/oxford_pets", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+
+    @property
+    def expected_samples(self) -> int:
+        """Training pictures that will be there, before any file is."""
+        return 37 * self.limit_per_class if self.limit_per_class else round(3_680 * (1 - self.val_share))
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """The breeds."""
+        return list(datasets.OxfordIIITPet(str(self.root)).classes)
+
+    def prepare_data(self) -> None:
+        """Download what is not there."""
+        try:
+            datasets.OxfordIIITPet(str(self.root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"Oxford-IIIT Pet is not in {self.root} and cannot be downloaded ({error}). Put images.tar.gz and "
+                "annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/ into "
+                f"{self.root / 'oxford-iiit-pet'}, or set data.root to where they are."
+            ) from error
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The files that the lists name; all of them must be there."""
+        splits: dict[str, Pictures] = {}
+        for name, split in (("train", "trainval"), ("test", "test")):
+            pets = datasets.OxfordIIITPet(str(self.root), split=split)
+            paths = [str(path) for path in pets._images]
+            check_there(paths, f"remove {pets._images_folder}, and it is unpacked again")
+            splits[name] = PictureFiles(paths, pets._labels)
+        return splits
+
+    def trimap(self, split: str, index: int) -> Image.Image:
+        """What is animal (1), background (2) and outline (3) in a picture of a split, of the picture's size."""
+        picture = Path(self.splits[split].name(index))
+        with Image.open(picture.parents[1] / "annotations" / "trimaps" / f"{picture.stem}.png") as image:
+            return image.convert("L")
