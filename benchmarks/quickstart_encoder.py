@@ -1,7 +1,7 @@
 """Make the encoder that text/quickstart starts from, and write down how well it fills in words.
 
     python -m benchmarks.quickstart_encoder            # half an hour
-    python -m benchmarks.quickstart_encoder path/to/hf # the result of `recipes.mlm fit --config mlm/quickstart_pretrain`
+    python -m benchmarks.quickstart_encoder path/to/hf # from `recipes.mlm fit --config mlm/quickstart_pretrain`
 
 Writes recipes/weights/docstrings_bert, halved to float16.
 """

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .file_index import list_files
 from .images import ImageDataModule
 from .pictures import PictureFiles, Pictures, Subset, existing_folder
 from .splits import stratified_split
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLITS = {
     "train": ("train", "training", "train_set", "training_set"),
     "val": ("val", "valid", "validation", "val_set", "validation_set"),
@@ -89,35 +92,24 @@ class ImageFolder(ImageDataModule):
             root = Path(self.predict_root)
             if not root.exists():
                 raise FileNotFoundError(f"no folder or picture {root}: set data.predict_root to what to predict")
-            paths = [str(root)] if root.is_file() else sorted(_walk(str(root)))
+            paths = [root.name] if root.is_file() else list_files(root, SUFFIXES)
             if not paths:
-                raise FileNotFoundError(f"no picture in {root}: expected files ending in {', '.join(sorted(SUFFIXES))}")
-            splits["predict"] = PictureFiles(paths, [0] * len(paths))
+                raise FileNotFoundError(f"no picture in {root}: expected files ending in {', '.join(SUFFIXES)}")
+            folder = root.parent if root.is_file() else root
+            splits["predict"] = PictureFiles(paths, torch.zeros(len(paths)), str(folder))
         return splits
 
-    def _list(self, folder: Path) -> PictureFiles:
-        labels = {name: label for label, name in enumerate(self.class_names)}
-        paths: list[str] = []
-        classes: list[int] = []
-        strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(labels)
+    def _list(self, folder: Path) -> Pictures:
+        strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(self.class_names)
         if strangers:
             raise ValueError(f"{folder} has classes that the training folder has not: {', '.join(sorted(strangers))}")
-        for name, label in labels.items():
-            if (folder / name).is_dir():
-                found = sorted(_walk(str(folder / name)))
-                paths += found
-                classes += [label] * len(found)
-        empty = sorted(set(range(len(labels))) - set(classes)) if folder == self.split_folders["train"] else []
-        if empty:
-            raise ValueError(
-                f"no picture of class {self.class_names[empty[0]]!r} in {folder / self.class_names[empty[0]]}"
-            )
-        return PictureFiles(paths, classes)
-
-
-def _walk(folder: str) -> Iterator[str]:
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from _walk(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.name[0] != ".":
-            yield entry.path
+        paths = list_files(folder, SUFFIXES)
+        labels = torch.full((len(paths),), -1)
+        for label, name in enumerate(self.class_names):  # paths are sorted: those of a class are neighbours
+            labels[bisect_left(paths, f"{name}/") : bisect_left(paths, f"{name}0")] = label  # 0 is what follows /
+        found = set(labels.tolist())
+        empty = [name for label, name in enumerate(self.class_names) if label not in found]
+        if empty and folder == self.split_folders["train"]:
+            raise ValueError(f"no picture of class {empty[0]!r} in {folder / empty[0]}")
+        pictures = PictureFiles(paths, labels, str(folder))
+        return Subset(pictures, (labels >= 0).nonzero().flatten()) if -1 in found else pictures

@@ -35,24 +35,26 @@ class PictureFiles:
     Args:
         paths: The files.
         labels: Their classes, `(n,)`.
+        root: A folder that the paths begin at.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | Tensor, root: str = "") -> None:
+        self.paths, self.root = paths, root
         self.labels = torch.as_tensor(labels, dtype=torch.long)
 
     def read(self, index: int) -> Image.Image:
         """Decode one file."""
-        return decode(self.paths[index], self.paths[index])
+        return decode(self.name(index), self.name(index))
 
     def name(self, index: int) -> str:
         """The file's path."""
-        return self.paths[index]
+        return f"{self.root}/{self.paths[index]}" if self.root else self.paths[index]
 
     def fingerprint(self) -> str:
         """Hash of names, sizes and times of change; no file is read."""
         digest = hashlib.sha256()
-        for path in self.paths:
+        for index in range(len(self.paths)):
+            path = self.name(index)
             status = os.stat(path)
             digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()

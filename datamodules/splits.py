@@ -28,8 +28,7 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
     generator = torch.Generator().manual_seed(hash_seed(seed, len(labels)))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in sorted(set(labels.tolist())):
-        members = (labels == label).nonzero().flatten()
+    for members in by_class(labels):
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
@@ -67,8 +66,13 @@ def limit_per_class(labels: Tensor, limit: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(hash_seed(seed, len(labels), 1))
     order = torch.randperm(len(labels), generator=generator)
-    chosen = [order[labels[order] == label][:limit] for label in sorted(set(labels.tolist()))]
-    return torch.cat(chosen).sort().values
+    return torch.cat([order[members[:limit]] for members in by_class(labels[order])]).sort().values
+
+
+def by_class(labels: Tensor) -> tuple[Tensor, ...]:
+    """Indices of each class that occurs, ascending; one sort for all, of a thousand classes and a million samples."""
+    counts = labels.unique(return_counts=True)[1]  # type: ignore[no-untyped-call]
+    return labels.argsort(stable=True).split(counts.tolist())  # type: ignore[no-untyped-call, no-any-return]
 
 
 def check_classes(state: Mapping[str, Any], class_names: Sequence[str]) -> None:

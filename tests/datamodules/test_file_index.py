@@ -1,0 +1,113 @@
+"""Listing many files: what is noted is what is there, and a note that is out of date or broken does no harm."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules import ImageFolder, file_index
+from datamodules.file_index import MappedPaths, list_files
+from tests.conftest import write_folder
+
+SUFFIXES = (".jpg", ".png")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five pictures, and what is none; six files count as many."""
+    monkeypatch.setattr(file_index, "MANY", 5)
+    root = tmp_path / "tree"
+    for name in ("a/1.jpg", "a/deep/2.JPG", "b/3.png", "b-c/4.jpg", "0.jpg", "a/x.txt", "a/.5.jpg", ".git/6.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def notes() -> list[Path]:
+    return list((Path(torch.hub.get_dir()).parent / "folders").glob("*"))
+
+
+def count_listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    listed: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: listed.append(str(place)) or scan(place))
+    return listed
+
+
+def test_pictures_are_found_at_any_depth_and_sorted(tree: Path) -> None:
+    assert list(list_files(tree, SUFFIXES)) == ["0.jpg", "a/1.jpg", "a/deep/2.JPG", "b-c/4.jpg", "b/3.png"]
+
+
+def test_a_second_start_asks_the_folders_alone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = list_files(tree, SUFFIXES)
+    listed = count_listings(monkeypatch)
+    second = list_files(tree, SUFFIXES)
+    assert not listed
+    assert list(second) == list(first)
+    assert second[1:3] == ["a/1.jpg", "a/deep/2.JPG"] and second[-1] == "b/3.png"
+    assert list(list_files(tree, (".jpg",))) != list(first), "other endings, another note"
+    assert list(pickle.loads(pickle.dumps(second))) == list(first), "workers read the same note"
+    assert len(pickle.dumps(second)) < 1000
+
+
+@pytest.mark.parametrize("change", ["new", "gone", "new folder"])
+def test_a_change_is_seen(tree: Path, change: str) -> None:
+    before = list(list_files(tree, SUFFIXES))
+    if change == "new":
+        (tree / "a" / "deep" / "7.jpg").touch()
+    elif change == "gone":
+        (tree / "b" / "3.png").unlink()
+    else:
+        (tree / "c").mkdir()
+        (tree / "c" / "8.jpg").touch()
+    expected = {"new": {"a/deep/7.jpg"}, "gone": {"b/3.png"}, "new folder": {"c/8.jpg"}}[change]
+    assert set(before) ^ set(list_files(tree, SUFFIXES)) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"no arrow", None])
+def test_a_broken_note_is_made_again(tree: Path, content: bytes | None) -> None:
+    before = list(list_files(tree, SUFFIXES))
+    for note in notes():
+        note.write_bytes(note.read_bytes()[:200] if content is None else content)
+    assert list(list_files(tree, SUFFIXES)) == before
+    assert isinstance(list_files(tree, SUFFIXES), MappedPaths)
+
+
+def test_a_disk_that_is_full_costs_only_time(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_index, "write_note", full)
+    assert list_files(tree, SUFFIXES) == ["0.jpg", "a/1.jpg", "a/deep/2.JPG", "b-c/4.jpg", "b/3.png"]
+
+
+def test_few_files_leave_no_note(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_index, "MANY", 6)
+    before = notes()
+    list_files(tree, SUFFIXES)
+    assert notes() == before
+
+
+def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one name begins another, from the list and from the note."""
+    monkeypatch.setattr(file_index, "MANY", 5)
+    root = write_folder(tmp_path / "pictures", splits=(), classes=3, each=4)
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    for folder, name in zip(folders, ("ant", "ant-eater", "ant.2"), strict=True):
+        folder.rename(root / name)
+    (root / "stray.jpg").write_bytes(next((root / "ant").iterdir()).read_bytes())
+    found = []
+    for _ in range(2):
+        data = ImageFolder(root, image_size=32, val_share=0.25, test_share=0.25)
+        data.setup("fit")
+        for split in ("train", "val", "test"):
+            pictures = data.splits[split]
+            names = [Path(pictures.name(index)) for index in range(len(pictures.labels))]
+            assert [data.class_names[label] for label in pictures.labels] == [name.parent.name for name in names]
+            found.append(names)
+    assert found[:3] == found[3:]
+    assert sum(map(len, found[:3])) == 12, "a stray picture belongs to no class"
