@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
+from .inspection import inspect_pictures
 from .pictures import PictureArray, Pictures, Subset, check_labels
 from .sampling import EpochSampler
 from .splits import check_classes, check_rows, limit_per_class, stratified_split
@@ -172,6 +173,13 @@ class ImageDataModule(LightningDataModule):
     def fisher_dataloader(self) -> DataLoader[Batch]:
         """The training pictures as they are, for a callback that takes stock of the finished fit."""
         return self.view_dataloader("train", None)
+
+    def inspect(self) -> dict[str, Any]:
+        """What `recipes doctor` says: see `inspection.inspect_pictures`; to be called after `setup`."""
+        splits = {name: part for name, part in self.splits.items() if name != "predict"}
+        few = sum(len(part.labels) for part in splits.values()) < 2_000
+        workers = (0 if few else min(8, _cores())) if self.num_workers is None else self.num_workers
+        return inspect_pictures(splits, self.class_names, workers)
 
     def _loader(
         self, split: str, *, train: bool = False, shuffle: bool = False, world: int | None = None, rank: int = 0

@@ -31,6 +31,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .inspection import inspect_texts
 from .sampling import IGNORED, Draw, EpochSampler, LengthSampler
 from .splits import check_classes, check_rows, limit_per_class, stratified_split
 
@@ -271,6 +272,15 @@ class TextDataModule(LightningDataModule):
     def fisher_dataloader(self) -> DataLoader[Batch]:
         """The training texts one by one, for a callback that takes stock of the finished fit."""
         return self._in_order("train", world=1, rank=0)
+
+    def inspect(self) -> dict[str, Any]:
+        """What `recipes doctor` says: see `inspection.inspect_texts`; to be called after `setup`."""
+        splits = {name: part for name, part in self.splits.items() if name != "predict"}
+        lengths, cut = {}, {}
+        for name, part in splits.items():
+            tokens, rows = self.tokens(part.table), slice(None) if part.rows is None else part.rows.numpy()
+            lengths[name], cut[name] = tokens.lengths[rows], float(tokens.truncated[rows].mean())
+        return inspect_texts(splits, self.class_names, lengths, cut)
 
     def planned_steps(self, texts: int, world_size: int) -> int:
         """Batches of an epoch per rank; where tokens limit them, this takes the texts and the tokenizer."""

@@ -4,6 +4,7 @@
     python -m recipes show NAME            a config, a recipe, a data module, a callback or a backbone
     python -m recipes copy CONFIG FILE     a config to edit
     python -m recipes plan CONFIG [--key value ...]    groups, rates and steps, without data or training
+    python -m recipes doctor CONFIG [--key value ...]  the data: broken files, copies across splits, doubtful labels
 
 `ls`, `show` and `copy` read source files as text and import neither torch nor Lightning.
 """
@@ -162,8 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("plan", help="show groups, rates and steps without data or training")
     command.add_argument("config", help="a shipped config or a file")
     command.add_argument("--samples", type=int, help="training samples, where the data is not at hand")
+    command = commands.add_parser(
+        "doctor", help="look at the data before anyone trains; status 1 where it is not sound"
+    )
+    command.add_argument("config", help="a shipped config or a file")
+    command.add_argument("--json", type=Path, default=Path("doctor.json"), help="file of all that was found")
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "plan":
+    if rest and arguments.command not in ("plan", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "ls":
         ls(arguments.kind, arguments.word)
@@ -171,6 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(arguments.name)
     elif arguments.command == "copy":
         copy(arguments.config, arguments.file)
+    elif arguments.command == "doctor":
+        recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
+        from .doctor import doctor
+
+        sys.exit(doctor(recipe.main, ["--config", arguments.config, *rest], arguments.json))
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan needs no data, so it asks no network for any
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")

@@ -183,6 +183,7 @@ class RecipeCLI(LightningCLI):
         trainer = self.config[self.subcommand].trainer
         if self.plan:
             trainer.logger = False
+            self.planned_weights = self.config[self.subcommand].model.get("weights")
             without_weights(self.config[self.subcommand].model)
         if trainer.precision is None and bf16_is_native(trainer.accelerator):
             trainer.precision = "bf16-mixed"

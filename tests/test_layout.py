@@ -14,7 +14,8 @@ SCIENCE = {"torch", "numpy", "lightning", "typing_extensions"}
 
 MAY_IMPORT = {
     "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
-    "recipes": SCIENCE | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "callbacks", "datamodules"},
+    "recipes": SCIENCE
+    | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"},
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
     "datamodules": SCIENCE
     | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn", "tqdm"},

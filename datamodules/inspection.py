@@ -1,0 +1,240 @@
+"""Looks at data before anyone trains on it: what cannot be read, what is there twice, what is odd."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .pictures import Pictures
+
+SIDE = 16  # of the thumbnails by which rescaled copies are found
+ALIKE = 0.987  # cosine of two thumbnails above which they show the same: copies at half the size have 0.99 and more
+FLAT = 6.0  # standard deviation of a thumbnail below which it shows nothing that could be told from others
+LARGE = 200_000  # pictures above which all pairs take too long: only exact copies are found
+ENDINGS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}
+MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]|ï»¿")
+
+Place = tuple[str, int]  # a split's name and the position in it
+
+
+class Looked(NamedTuple):
+    """What one look at a picture tells."""
+
+    row: int
+    error: str
+    misnamed: str
+    mode: str
+    size: tuple[int, int]
+    pixels: bytes  # a hash of the decoded pixels
+    thumbnail: npt.NDArray[np.uint8]  # (SIDE * SIDE * 3,)
+    mean: npt.NDArray[np.float32]  # of each channel, in [0, 1]
+    square: npt.NDArray[np.float32]  # mean of squares of each channel
+
+
+class Looking(Dataset[list[Looked]]):
+    """Looks at pictures, in worker processes."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures.labels)
+
+    def __getitems__(self, indices: list[int]) -> list[Looked]:
+        """A batch of looks."""
+        return [look(self.pictures, index) for index in indices]
+
+
+def look(pictures: Pictures, index: int) -> Looked:
+    """Decode one picture as training would, and note what it is."""
+    name = pictures.name(index)
+    mode, misnamed, nothing = "RGB", "", np.zeros(3, np.float32)
+    try:
+        if (path := Path(name)).is_file():
+            with Image.open(path) as image:
+                mode, form = image.mode, str(image.format)
+            ending = path.suffix.lower()
+            if ending not in ENDINGS.get(form, (f".{form.lower()}",)):
+                misnamed = f"is {form}, not {ending}"
+        picture = pictures.read(index)
+    except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
+        sentence = " ".join(str(error).split())
+        return Looked(index, sentence, "", "", (0, 0), b"", np.zeros(SIDE * SIDE * 3, np.uint8), nothing, nothing)
+    pixels = np.asarray(picture)
+    values = pixels.reshape(-1, 3).astype(np.float32) / 255
+    thumbnail = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(-1)
+    digest = hashlib.blake2b(pixels.tobytes() + repr(picture.size).encode(), digest_size=16).digest()
+    return Looked(index, "", misnamed, mode, picture.size, digest, thumbnail, values.mean(0), (values**2).mean(0))
+
+
+def look_at_all(pictures: Pictures, split: str, workers: int) -> list[Looked]:
+    """Look at every picture of a split, with a bar."""
+    loader = DataLoader(Looking(pictures), batch_size=64, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    found: list[Looked] = []
+    with tqdm(desc=f"looking at {split}", total=len(pictures.labels), unit=" pictures") as bar:
+        for batch in loader:
+            found += batch
+            bar.update(len(batch))
+    return found
+
+
+def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], workers: int) -> dict[str, Any]:
+    """All that `recipes doctor` says of pictures, as plain values.
+
+    Args:
+        splits: Name to pictures.
+        class_names: Names in the order of the labels.
+        workers: Processes that decode.
+
+    Returns:
+        `splits`, each with counts; `unreadable` and `misnamed`, lists of split, name and reason; `exact` and
+        `rescaled`, lists of groups of (split, name); `sizes`, `modes`, `mean` and `std` of the training split.
+    """
+    looked = {split: look_at_all(pictures, split, workers) for split, pictures in splits.items()}
+    places = [(split, one) for split, some in looked.items() for one in some]
+    readable = [(split, one) for split, one in places if not one.error]
+
+    def name(place: Place) -> list[str]:
+        return [place[0], splits[place[0]].name(place[1])]
+
+    exact = groups_of((one.pixels, (split, one.row)) for split, one in readable)
+    thumbnails = np.array([one.thumbnail for _, one in readable], np.uint8).reshape(len(readable), -1)
+    pairs = alike(thumbnails) if len(readable) <= LARGE else []
+    same = {place: number for number, group in enumerate(exact) for place in group}
+    rescaled = []
+    for first, second in pairs:
+        both = [(split, one.row) for split, one in (readable[first], readable[second])]
+        if same.get(both[0], -1) != same.get(both[1], -2):
+            rescaled.append(both)
+    train = [one for one in looked["train"] if not one.error]
+    mean = np.mean([one.mean for one in train], 0) if train else np.zeros(3)
+    square = np.mean([one.square for one in train], 0) if train else np.zeros(3)
+    sides = np.array([one.size for one in train]).reshape(-1, 2)
+    return {
+        "kind": "pictures",
+        "splits": {split: counts_of(pictures.labels, class_names) for split, pictures in splits.items()},
+        "unreadable": [[*name((split, one.row)), one.error] for split, one in places if one.error],
+        "misnamed": [[*name((split, one.row)), one.misnamed] for split, one in readable if one.misnamed],
+        "exact": [[name(place) for place in group] for group in exact],
+        "rescaled": [[name(place) for place in pair] for pair in rescaled],
+        "compared": len(readable) <= LARGE,
+        "leaks": leaks([*exact, *rescaled]),
+        "conflicts": conflicts([*exact, *rescaled], splits),
+        "sizes": quantiles(sides.min(1)) if len(sides) else {},
+        "modes": dict(Counter(one.mode for _, one in readable).most_common()),
+        "mean": [round(float(value), 4) for value in mean],
+        "std": [round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 0))],
+    }
+
+
+def inspect_texts(
+    splits: dict[str, Any], class_names: Sequence[str], lengths: dict[str, npt.NDArray[Any]], cut: dict[str, float]
+) -> dict[str, Any]:
+    """All that `recipes doctor` says of texts, as plain values.
+
+    Args:
+        splits: Name to `Texts`.
+        class_names: Names in the order of the labels.
+        lengths: Tokens of each text by split.
+        cut: Share of texts longer than is kept, by split.
+
+    Returns:
+        `splits`, each with counts; `short` and `encoding`, lists of split, text and reason; `exact`, groups of
+        (split, text) that are the same but for case and space.
+    """
+    texts = {split: [part.text(index) for index in range(len(part))] for split, part in splits.items()}
+    exact = groups_of(
+        (" ".join(text.casefold().split()).encode(), (split, index))
+        for split, some in texts.items()
+        for index, text in enumerate(tqdm(some, desc=f"looking at {split}", unit=" texts"))
+    )
+
+    def excerpt(place: Place) -> list[str]:
+        text = " ".join(texts[place[0]][place[1]].split())
+        return [place[0], text if len(text) <= 80 else f"{text[:77]}..."]
+
+    places = [(split, index) for split, some in texts.items() for index in range(len(some))]
+    labels = {split: part.labels for split, part in splits.items()}
+    return {
+        "kind": "texts",
+        "splits": {split: counts_of(labels[split], class_names) for split in splits},
+        "unreadable": [],
+        "short": [[*excerpt(p), "one character"] for p in places if len(texts[p[0]][p[1]].strip()) < 2],
+        "encoding": [[*excerpt(p), "read in a wrong encoding"] for p in places if MOJIBAKE.search(texts[p[0]][p[1]])],
+        "exact": [[excerpt(place) for place in group] for group in exact],
+        "leaks": leaks(exact),
+        "conflicts": conflicts(exact, splits),
+        "lengths": {split: quantiles(some) for split, some in lengths.items()},
+        "cut": {split: round(share, 4) for split, share in cut.items()},
+    }
+
+
+def counts_of(labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """Samples in all and of each class, where each has one."""
+    if labels.ndim > 1 or labels.is_floating_point() or not class_names:
+        return {"samples": len(labels), "classes": {}}
+    counts = torch.bincount(labels[labels >= 0], minlength=len(class_names)).tolist()
+    return {"samples": len(labels), "classes": dict(zip(class_names, counts, strict=True))}
+
+
+def quantiles(values: npt.ArrayLike) -> dict[str, int]:
+    """Least, median, 95 % and largest."""
+    found = np.asarray(values)
+    if not found.size:
+        return {}
+    marks = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    return {name: round(float(np.quantile(found, share))) for name, share in marks.items()}
+
+
+def groups_of(keys: Iterable[tuple[bytes, Place]]) -> list[list[Place]]:
+    """Places that share a key, where several do."""
+    found: dict[bytes, list[Place]] = defaultdict(list)
+    for key, place in keys:
+        found[key].append(place)
+    return [places for places in found.values() if len(places) > 1]
+
+
+def leaks(groups: list[list[Place]]) -> dict[str, int]:
+    """How many groups reach over each pair of splits, as `train, test`."""
+    found: Counter[str] = Counter()
+    for group in groups:
+        names = list(dict.fromkeys(split for split, _ in group))
+        found.update(f"{a}, {b}" for number, a in enumerate(names) for b in names[number + 1 :])
+    return dict(found)
+
+
+def conflicts(groups: list[list[Place]], splits: dict[str, Any]) -> int:
+    """How many groups of the same content have more than one label."""
+    return sum(len({str(splits[split].labels[index].tolist()) for split, index in group}) > 1 for group in groups)
+
+
+def alike(thumbnails: npt.NDArray[np.uint8], block: int = 2048) -> list[tuple[int, int]]:
+    """Pairs of pictures that are the same but for size, compression and a little brightness.
+
+    Args:
+        thumbnails: `(n, SIDE * SIDE * 3)`.
+        block: Rows that are compared with all others at a time; decides the memory.
+    """
+    values = torch.from_numpy(thumbnails).float()
+    values -= values.mean(1, keepdim=True)
+    norms = values.norm(dim=1, keepdim=True)
+    rows = (norms.flatten() > FLAT * values.shape[1] ** 0.5).nonzero().flatten()
+    values = (values / norms.clamp(min=1e-6))[rows]
+    pairs = []
+    for start in tqdm(range(0, len(values), block), desc="comparing", unit=" blocks", disable=len(values) < block):
+        near = values[start : start + block] @ values[start:].T > ALIKE
+        first, second = near.triu(1).nonzero(as_tuple=True)
+        pairs += list(zip(rows[start + first].tolist(), rows[start + second].tolist(), strict=True))
+    return pairs

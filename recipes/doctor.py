@@ -1,0 +1,190 @@
+"""Looks at a config's data before anyone trains on it, and says what is not sound."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .names import stop
+from .parts.weights import load_weights
+
+SHOWN = 5  # of what may be many; all of it is in the JSON file
+BLOCK = 512  # samples compared with all others at a time
+
+
+def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
+    """Look, print, and write all that was found.
+
+    Args:
+        main: The recipe's `main`.
+        args: Command line after the subcommand: `--config` and overrides.
+        file: Where the findings go, as JSON.
+
+    Returns:
+        The exit status: 1 where a split leaks into another or something cannot be read, else 0.
+    """
+    cli = main(["fit", *args], plan=True)
+    try:
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+        found = cli.datamodule.inspect()
+    except (ValueError, OSError) as error:
+        stop(str(error))
+    if found["kind"] == "pictures":
+        found |= against_backbone(cli.model, found)
+        cli.datamodule.on_error = "skip"
+        found["suspects"] = suspects(cli.model, cli.datamodule, cli.planned_weights)
+    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    console = Console()
+    show_counts(console, found)
+    for sentence in sentences(found):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
+    console.print(f"all of it: {file}", highlight=False)
+    return int(bool(found["leaks"] or found["unreadable"]))
+
+
+def show_counts(console: Console, found: dict[str, Any]) -> None:
+    """A row per split: samples, classes, the smallest and the largest, and how far they differ."""
+    table = Table("split", "samples", "classes", "smallest", "largest", "ratio", box=None, header_style="bold")
+    for split, counts in found["splits"].items():
+        classes = sorted(counts["classes"].items(), key=lambda item: item[1])
+        row = [split, f"{counts['samples']:,}"]
+        if classes:
+            (least, few), (most, many) = classes[0], classes[-1]
+            row += [str(len(classes)), f"{few:,} {least}", f"{many:,} {most}", f"{many / few:.1f}" if few else "-"]
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What is not sound, and what to do; and some facts."""
+    out = []
+    for key, words in (
+        ("unreadable", "cannot be read; repair or remove them, or set data.on_error to skip"),
+        ("misnamed", "have the ending of another format; other programs may not read them"),
+        ("short", "have no more than one character"),
+        ("encoding", "look as if read in a wrong encoding; see data.encoding"),
+    ):
+        rows = found.get(key, [])
+        if rows:
+            out.append(f"{len(rows):,} {words}:")
+            out += [f"    {' · '.join(row)}" for row in rows[:SHOWN]]
+    for key, words in (
+        ("exact", "are there more than once"),
+        ("rescaled", "are there again at another size or quality"),
+    ):
+        groups = found.get(key, [])
+        if groups:
+            out.append(f"{len(groups):,} {words}:")
+            out += [f"    {' = '.join(' · '.join(place) for place in group[:3])}" for group in groups[:SHOWN]]
+    for pair, count in found["leaks"].items():
+        out.append(
+            f"LEAK: {count:,} of these are both in {' and '.join(pair.split(', '))}: the second can't be trusted"
+        )
+    if found["conflicts"]:
+        out.append(f"{found['conflicts']:,} of these have different labels")
+    for split, counts in found["splits"].items():
+        small = {name: count for name, count in counts["classes"].items() if count < 5}
+        if small and split == "train":
+            out.append(f"classes with fewer than 5 to train on: {', '.join(f'{n} {c}' for n, c in small.items())}")
+    doubtful = found.get("suspects", [])
+    if isinstance(doubtful, str):
+        out.append(doubtful)
+    elif doubtful:
+        out.append(
+            f"{len(doubtful):,} labels are doubtful: in the backbone's features, neighbours are of another class:"
+        )
+        out += [f"    {name} is {own}, its neighbours are {theirs}" for name, own, theirs in doubtful[:SHOWN]]
+    if not found.get("compared", True):
+        out.append("too many pictures to compare all pairs: only exact copies were looked for")
+    if found.get("sizes"):
+        modes = ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())
+        out.append(f"shorter side {spread(found['sizes'])} px; {modes}")
+        out.append(f"mean {found['mean']}, deviation {found['std']}{found.get('against', '')}")
+    for split, lengths in found.get("lengths", {}).items():
+        out.append(f"{split}: {spread(lengths)} tokens; {100 * found['cut'][split]:.1f} % cut off")
+    return out
+
+
+def spread(marks: dict[str, int]) -> str:
+    """Quantiles on a line."""
+    return f"{marks['min']} to {marks['max']}, median {marks['median']}, 95 % below {marks['p95']}" if marks else "no"
+
+
+def against_backbone(model: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """How the pictures' mean lies to what the backbone was trained on."""
+    mean = torch.as_tensor(model.backbone.mean).flatten().tolist()
+    std = torch.as_tensor(model.backbone.std).flatten().tolist()
+    off = max(abs(own - its) / spread for own, its, spread in zip(found["mean"], mean, std, strict=True))
+    far = "; far from them: is the picture's range or colour what it should be?" if off > 1.5 else ""
+    values = [round(value, 3) for value in mean], [round(value, 3) for value in std]
+    return {"against": f"; the backbone expects {values[0]}, {values[1]}{far}"}
+
+
+@torch.no_grad()
+def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | str:
+    """Training pictures whose neighbours in the backbone's features are of another class: name, class, theirs.
+
+    Args:
+        model: Its `backbone` gives the features.
+        data: After `setup`.
+        weights: Of the backbone, as the config names them.
+
+    Returns:
+        The clearest first; or why this can't be told.
+    """
+    if weights is None:
+        return "without model.weights the backbone's features say nothing about labels"
+    try:
+        load_weights(model.backbone, weights)
+    except (OSError, ValueError) as error:
+        return f"labels were not looked at, for lack of the backbone's weights ({' '.join(str(error).split())})"
+    model.eval()
+    loader, part = data.view_dataloader("train", None), data.splits["train"]
+    features, seen = (
+        torch.zeros(len(part.labels), model.backbone.width),
+        torch.zeros(len(part.labels), dtype=torch.bool),
+    )
+    for batch in tqdm(loader, desc="features", unit=" batches"):
+        ready = data.on_after_batch_transfer(batch, 0)
+        features[ready["index"]] = model.backbone(model.normalise(ready["image"])).float()
+        seen[ready["index"]] = True
+    names, rows = data.class_names, seen.nonzero().flatten()
+    found = label_suspects(features[rows], part.labels[rows])
+    return [[part.name(int(rows[i])), names[int(part.labels[rows[i]])], names[named]] for i, named in found]
+
+
+def label_suspects(features: Tensor, labels: Tensor, neighbours: int = 10, agree: float = 0.8) -> list[tuple[int, int]]:
+    """Samples whose neighbours say with one voice that they are of another class.
+
+    Args:
+        features: `(n, width)`.
+        labels: `(n,)`.
+        neighbours: How many are asked.
+        agree: Share of them that must name the same other class.
+
+    Returns:
+        Index and the class that the neighbours name, the clearest first.
+    """
+    values = torch.nn.functional.normalize(features.float(), dim=1)
+    neighbours = min(neighbours, len(values) - 1)
+    found: list[tuple[float, int, int]] = []
+    for start in range(0, len(values), BLOCK):
+        near = values[start : start + BLOCK] @ values.T
+        near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -2
+        closeness, index = near.topk(neighbours)
+        votes = torch.nn.functional.one_hot(labels[index], int(labels.max()) + 1).float().mean(1)
+        share, named = votes.max(1)
+        own = labels[start : start + BLOCK]
+        for row in ((share >= agree) & (named != own)).nonzero().flatten().tolist():
+            found.append((float(share[row] + closeness[row].mean() / 100), start + row, int(named[row])))
+    return [(index, named) for _, index, named in sorted(found, reverse=True)]

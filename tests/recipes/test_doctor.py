@@ -1,0 +1,173 @@
+"""The doctor finds what was planted, and nothing in what is sound."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from datamodules.inspection import alike, inspect_texts
+from recipes.__main__ import main
+from recipes.doctor import label_suspects, sentences
+from tests.conftest import picture
+from tests.tiny_encoders import tiny_encoder
+
+OPTIONS = [
+    *("--data", "ImageFolder", "--model.backbone=resnet8", "--model.weights=digits_0_4_resnet8"),
+    *("--model.image_size=8", "--data.num_workers=0", "--data.in_memory=false"),
+]
+
+
+def digit(values: Any, quality: int = 90, side: int = 48) -> bytes:
+    """A handwritten digit as JPEG."""
+    out = io.BytesIO()
+    grey = Image.fromarray((values * 255 / 16).astype(np.uint8)).convert("RGB")
+    grey.resize((side, side), Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def write(root: Path, split: str, label: int | str, name: str, content: bytes) -> str:
+    path = root / split / str(label) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def visit(*options: str, config: str = "vision/quickstart", status: int = 0) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", config, *options])
+    assert end.value.code == status
+    found: dict[str, Any] = json.loads(Path("doctor.json").read_text())
+    return found
+
+
+@pytest.fixture
+def digits(own_folder: Path) -> tuple[Path, list[Any]]:
+    """40 of each digit from 0 to 4 to train on, 10 to test on; and those that are left."""
+    bunch, root = load_digits(), own_folder / "digits"
+    left = []
+    for label in range(5):
+        rows = np.flatnonzero(bunch.target == label)
+        for number, row in enumerate(rows[:50]):
+            write(root, "train" if number < 40 else "test", label, f"{number}.jpg", digit(bunch.images[row]))
+        left += [(label, bunch.images[row]) for row in rows[50:70]]
+    return root, left
+
+
+def test_what_is_sound_is_called_sound(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = visit(*OPTIONS, f"--data.root={digits[0]}")
+    assert not any(found[key] for key in ("unreadable", "misnamed", "exact", "rescaled", "leaks", "conflicts"))
+    screen = capsys.readouterr().out
+    assert "train  160      5        32 0" in screen
+    assert "the backbone expects" in screen
+
+
+def test_what_was_planted_is_found(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    root, left = digits
+    broken, misnamed, twice, rescaled, wrong = set(), set(), set(), set(), set()
+    for number in range(5):
+        label, values = left[number]
+        broken.add(write(root, "train", label, f"broken{number}.jpg", digit(values)[:400]))
+    for number in range(3):
+        out = io.BytesIO()
+        picture(100 + number).save(out, "GIF")
+        misnamed.add(write(root, "train", number, f"gif{number}.jpg", out.getvalue()))
+    for number in range(7):
+        label, values = left[20 + number]
+        for split in ("train", "test"):
+            twice.add(write(root, split, label, f"twice{number}.jpg", digit(values)))
+    for number in range(7):
+        label, values = left[40 + number]
+        rescaled.add(write(root, "train", label, f"large{number}.jpg", digit(values, side=96)))
+        rescaled.add(write(root, "test", label, f"small{number}.jpg", digit(values, quality=60, side=40)))
+    for number in range(4):
+        label, values = left[60 + number]
+        wrong.add(write(root, "train", (label + 2) % 5, f"wrong{number}.jpg", digit(values)))
+    for number in range(2):
+        write(root, "train", "rare", f"{number}.jpg", digit(left[90 + number][1]))
+    found = visit(*OPTIONS, f"--data.root={root}", "--data.val_share=0.01", status=1)
+    assert {name for _, name, _ in found["unreadable"]} == broken
+    assert {name for _, name, _ in found["misnamed"]} == misnamed
+    assert {name for group in found["exact"] for _, name in group} == twice
+    assert len({name for pair in found["rescaled"] for _, name in pair} & rescaled) >= 12, "6 of 7 pairs"
+    assert not {name for pair in found["rescaled"] for _, name in pair} - rescaled - twice
+    assert found["leaks"]["train, test"] >= 13
+    assert len({name for name, _, _ in found["suspects"]} & wrong) >= 3
+    assert found["splits"]["train"]["classes"]["rare"] < 5
+    screen = capsys.readouterr().out
+    assert "5 cannot be read; repair or remove them" in screen
+    assert "3 have the ending of another format" in screen
+    assert "is GIF, not .jpg" in screen
+    assert "LEAK: " in screen
+    assert "classes with fewer than 5 to train on: rare" in screen
+    assert "labels are doubtful" in screen
+
+
+def test_without_weights_labels_are_not_looked_at(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    visit(*OPTIONS, f"--data.root={digits[0]}", "--model.weights=null")
+    assert "without model.weights the backbone's features say nothing" in capsys.readouterr().out
+    visit(*OPTIONS, f"--data.root={digits[0]}", "--model.weights=not/there.safetensors")
+    assert "labels were not looked at, for lack of the backbone's weights" in capsys.readouterr().out
+
+
+def test_texts(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a fine film", "good"), ("A  fine film", "bad"), ("x", "good"), ("it was a cafÃ© story", "bad")]
+    rows += [(f"sentence number {number} of many", "good" if number % 2 else "bad") for number in range(20)]
+    for name, some in (("train", rows), ("val", [("a Fine film", "good"), ("another one", "bad")])):
+        lines = ["text,label", *(f"{text},{label}" for text, label in some)]
+        Path(f"{name}.csv").write_text("\n".join(lines) + "\n")
+    encoder = tiny_encoder(own_folder / "bert", "bert")
+    options = [f"--model.encoder={encoder}", "--data.max_length=8", "--data.train_file=train.csv"]
+    found = visit(*options, "--data.val_file=val.csv", config="text/csv_minilm", status=1)
+    assert found["leaks"] == {"train, val": 1}
+    assert found["conflicts"] == 1
+    assert [row[1] for row in found["short"]] == ["x"]
+    assert [row[1] for row in found["encoding"]] == ["it was a cafÃ© story"]
+    assert found["lengths"]["train"]["max"] == 8
+    assert 0 < found["cut"]["train"] < 1
+    screen = capsys.readouterr().out
+    assert "1 of these have different labels" in screen
+    assert "train · a fine film = train · A fine film = val · a Fine film" in screen
+
+
+def test_flat_pictures_are_not_copies_of_each_other() -> None:
+    rng = np.random.default_rng(0)
+    flat = rng.integers(120, 124, (20, 768), dtype=np.uint8)
+    assert alike(flat) == []
+    full = rng.integers(0, 256, (20, 768), dtype=np.uint8)
+    darker = (full[3:4] * 0.9).astype(np.uint8)
+    assert alike(np.concatenate([flat, full, darker]), block=7) == [(23, 40)]
+
+
+def test_a_suspect_needs_neighbours_of_one_voice() -> None:
+    torch.manual_seed(0)
+    centres = torch.eye(3).repeat_interleave(30, 0) * 5
+    labels = torch.arange(3).repeat_interleave(30)
+    features = centres + torch.randn(90, 3) * 0.2
+    assert label_suspects(features, labels) == []
+    wrong = labels.clone()
+    wrong[[4, 50]] = torch.tensor([2, 0])
+    assert sorted(label_suspects(features, wrong)) == [(4, 0), (50, 1)]
+    assert label_suspects(torch.randn(90, 3), labels, agree=1.0) == []
+
+
+def test_a_data_set_without_classes_has_no_counts() -> None:
+    class Scores:
+        labels = torch.tensor([0.5, 1.5])
+
+        def __len__(self) -> int:
+            return 2
+
+        def text(self, index: int) -> str:
+            return f"text {index}"
+
+    found = inspect_texts({"train": Scores()}, [], {"train": np.array([3, 4])}, {"train": 0.0})
+    assert found["splits"]["train"] == {"samples": 2, "classes": {}}
+    assert sentences(found) == ["train: 3 to 4, median 4, 95 % below 4 tokens; 0.0 % cut off"]
