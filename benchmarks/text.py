@@ -36,7 +36,7 @@ import psutil
 
 from benchmarks.measure import used, write_result
 
-TEXTS, BATCH, EPOCHS, ROUNDS = 1024, 32, 2, 3
+TEXTS, BATCH, EPOCHS, ROUNDS = 640, 32, 2, 3
 SENTENCES = Path(os.environ.get("FINETUNING_DATA", "")) / "sst2" / "train.tsv"
 KEEP_WORDS = ["--trainer.callbacks+=Freeze", '--trainer.callbacks.patterns={word_embeddings: false, ".": true}']
 clock = {"wall": 0.0, "cpu": 0.0, "steps": 0}
