@@ -134,8 +134,12 @@ class Decoding(Dataset[Batch]):
         if not samples:
             raise ValueError(f"no picture of a batch of {len(draws)} can be read; the first: {skipped[0]}")
         images, labels, index = zip(*samples, strict=True)
+        shape = (len(images), *images[0].shape)
+        whole = torch.empty(shape, dtype=images[0].dtype, memory_format=torch.channels_last)
+        for image, place in zip(images, whole, strict=True):
+            place.copy_(image)  # a plain copy: PIL's pictures have their channels last, too
         batch: Batch = {
-            "image": torch.stack(images).contiguous(memory_format=torch.channels_last),
+            "image": whole,
             "label": torch.tensor(labels),
             "index": torch.tensor(index),
         }
@@ -148,9 +152,13 @@ class Decoding(Dataset[Batch]):
     def sample(self, draw: Draw) -> tuple[Tensor, int, int]:
         """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
         picture = self.pictures.read(draw.row)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash_seed(self.seed, draw.epoch, draw.row))
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(hash_seed(self.seed, draw.epoch, draw.row))  # torch.manual_seed asks for GPUs, each time
+        try:
             image = self.transform(picture)
+        finally:
+            generator.set_state(before)
         label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.row])
         return image, label, draw.row
 

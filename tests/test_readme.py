@@ -61,8 +61,17 @@ def test_the_first_command_from_an_empty_folder(own_folder: Path) -> None:
     assert len(predictions.read_text().splitlines()) == 180
 
 
+def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
+    (first,) = (command for command in COMMANDS if command.endswith("--config text/quickstart"))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, *shlex.split(first)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) >= 0.57, "more than a count of words finds"
+
+
 def test_every_config_and_key_that_is_named_exists() -> None:
-    for name in re.findall(r"vision/[a-z0-9_]+", README):
+    for name in re.findall(r"(?:vision|text|mlm)/[a-z0-9_]+", README):
         assert (names.CONFIGS / f"{name}.yaml").is_file(), name
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text()
     test_command = next(command for command in COMMANDS if "pytest" in command)
