@@ -127,7 +127,7 @@ class Decoding(Dataset[Batch]):
         for draw in draws:
             try:
                 samples.append(self.sample(draw))
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:  # also one that was there at the start
                 if not self.skip_unreadable:
                     raise
                 skipped.append(str(error))

@@ -1,0 +1,100 @@
+"""What the world does to files while they are read: a clear error or a counted skip, no hang, no shorter epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from datamodules import ImageFolder, TextFiles
+from datamodules.archives import unpack
+from tests.conftest import write_folder
+from tests.official_archives import write_tar
+from tests.tiny_encoders import tokenizer, write_csv
+
+
+def pictures(root: Path, **options: Any) -> ImageFolder:
+    data = ImageFolder(
+        write_folder(root, each=8), image_size=224, **{"batch_size": 4, "num_workers": 0, "val_share": 0.2, **options}
+    )
+    data.setup("fit")
+    return data
+
+
+def epoch(data: ImageFolder) -> int:
+    """Pictures of a validation."""
+    return sum(len(data.on_after_batch_transfer(batch, 0)["image"]) for batch in data.val_dataloader())
+
+
+@pytest.mark.parametrize("fault", ["permission", "vanished"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_had(
+    fault: str, workers: int, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pictures(own_folder / "strict", num_workers=workers)
+    forgiving = pictures(own_folder / "forgiving", num_workers=workers, on_error="skip")
+    size = len(data.splits["val"].labels)
+    assert epoch(data) == epoch(forgiving) == size
+    opened = Image.open
+
+    def refuse(file: Any) -> Any:
+        if str(file) in lost:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file)
+
+    lost = [some.sample_names("val")(3) for some in (data, forgiving)]
+    if fault == "permission":
+        monkeypatch.setattr(Image, "open", refuse)
+    else:
+        for name in lost:
+            Path(name).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=Path(lost[0]).name):
+        epoch(data)
+    assert epoch(forgiving) == size - 1
+    (sentence,) = forgiving.skipped
+    assert Path(lost[1]).name in sentence
+
+
+def test_a_worker_that_is_killed_ends_the_epoch_with_an_error(own_folder: Path) -> None:
+    data = pictures(own_folder / "pictures", num_workers=1, batch_size=1)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    with pytest.raises((RuntimeError, ConnectionError)):  # whichever of torch's two threads notices first
+        for _ in batches:
+            pass
+
+
+def test_a_disk_that_fills_while_texts_are_cached(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer().save_pretrained(own_folder / "words")
+    data = TextFiles(str(write_csv(own_folder / "train.csv", 40)), tokenizer=str(own_folder / "words"), batch_size=4)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            data.prepare_data()
+    data.prepare_data()
+    data.setup("fit")
+    assert sum(len(part) for name, part in data.splits.items() if name != "predict") == 40, "all of them, later"
+
+
+def test_a_disk_that_fills_while_an_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "a.tar", {"Images/1.jpg": b"content", "Images/2.jpg": b"content"})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            unpack(tmp_path / "a.tar", tmp_path / "Images", "Images")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"], "nothing that a later start would take for whole"
+    unpack(tmp_path / "a.tar", tmp_path / "Images", "Images")
+    assert len(list((tmp_path / "Images").iterdir())) == 2
