@@ -91,7 +91,7 @@ class InMemory(Dataset[Batch]):
         if self.train:
             epoch = draws[0].epoch
             batch["seed"] = hash_seed(self.seed, epoch, draws[0].row)
-            batch["uniform"] = counter_uniform(self.seed, epoch, index.numpy(), DRAWS)
+            batch["uniform"] = counter_uniform(self.seed, epoch, [draw.counter for draw in draws], DRAWS)
         return batch
 
 
@@ -154,7 +154,9 @@ class Decoding(Dataset[Batch]):
         picture = self.pictures.read(draw.row)
         generator = torch.default_generator
         before = generator.get_state()
-        generator.manual_seed(hash_seed(self.seed, draw.epoch, draw.row))  # torch.manual_seed asks for GPUs, each time
+        generator.manual_seed(
+            hash_seed(self.seed, draw.epoch, draw.counter)
+        )  # torch.manual_seed asks for GPUs, each time
         try:
             image = self.transform(picture)
         finally:

@@ -34,7 +34,7 @@ from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is,
 from .inspection import inspect_pictures
 from .pictures import PictureArray, Pictures, Subset, check_labels
 from .sampling import EpochSampler
-from .splits import check_classes, check_rows, limit_per_class, stratified_split
+from .splits import check_classes, check_rows, hold_out, limit_per_class
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,11 @@ class ImageDataModule(LightningDataModule):
         mixup: Beta parameter of mixup, 0 for off; 0.2 is usual.
         cutmix: Beta parameter of CutMix, 0 for off; 1.0 is usual.
         val_share: Part of the training pictures held out for validation where the data set has no split for it.
+        fold: Hold out fold k of n for validation, as [k, n] with k from 0, in place of `val_share`: n runs validate on
+            every training sample once, and another seed gives other folds. The rows are in each checkpoint.
         limit_per_class: At most so many training pictures of each class, for few-image experiments.
+        balance: Draw as many pictures of each class in every epoch, rare ones several times (see `balanced_order`);
+            an alternative to class weights in the loss.
         seed: Decides the split, the order and the augmentation.
         num_workers: Decoding processes. `None`: the cores this process may use, shared among the ranks, at
             most 8; none where pictures lie in memory.
@@ -73,7 +77,9 @@ class ImageDataModule(LightningDataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         val_share: float = 0.1,
+        fold: tuple[int, int] | None = None,
         limit_per_class: int | None = None,
+        balance: bool = False,
         seed: int = 0,
         num_workers: int | None = None,
         in_memory: bool | None = None,
@@ -84,7 +90,9 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.image_size, self.augment, self.mixup, self.cutmix = image_size, augment, mixup, cutmix
-        self.val_share, self.limit_per_class, self.seed = val_share, limit_per_class, seed
+        self.val_share, self.fold = val_share, fold
+        self.limit_per_class, self.seed = limit_per_class, seed
+        self.balance = balance
         self.num_workers, self.in_memory, self.on_error = num_workers, in_memory, on_error
         self.splits: dict[str, Pictures] = {}
         self.cut_rows: dict[str, list[int]] = {}
@@ -124,8 +132,10 @@ class ImageDataModule(LightningDataModule):
         for pictures in splits.values():
             check_labels(pictures, self.class_names)
         if "val" not in splits:
-            kept, held_out = stratified_split(train.labels, self.val_share, self.seed)
+            kept, held_out = hold_out(train.labels, self.val_share, self.fold, self.seed)
             splits["val"], splits["train"] = Subset(train, held_out), Subset(train, kept)
+        elif self.fold is not None:
+            raise ValueError("data.fold: this data set has a validation split of its own")
         if self.limit_per_class is not None:
             train = splits["train"]
             splits["train"] = Subset(train, limit_per_class(train.labels, self.limit_per_class, self.seed))
@@ -188,8 +198,11 @@ class ImageDataModule(LightningDataModule):
         if world is None:
             world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         dataset = self._dataset(split, train=train)
-        size = len(self.splits[split].labels)
-        sampler = EpochSampler(size, shuffle=shuffle, seed=self.seed, num_replicas=world, rank=rank)
+        labels = self.splits[split].labels
+        balance = labels if shuffle and self.balance else None
+        sampler = EpochSampler(
+            len(labels), shuffle=shuffle, seed=self.seed, num_replicas=world, rank=rank, balance=balance
+        )
         workers = 0
         if isinstance(dataset, Decoding):
             local_ranks = trainer.num_devices if trainer else 1

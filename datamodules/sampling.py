@@ -21,11 +21,20 @@ IGNORED = -100  # the label of a sample that fills up a rank's last batch; torch
 
 
 class Draw(NamedTuple):
-    """One sample as the sampler asks for it: which, in which epoch, and whether only to fill up a batch."""
+    """One sample as the sampler asks for it: which, in which epoch, and whether only to fill up a batch.
+
+    Where a sampler asks for a sample several times in an epoch, `repeat` counts them.
+    """
 
     epoch: int
     row: int
     is_padding: bool = False
+    repeat: int = 0
+
+    @property
+    def counter(self) -> int:
+        """What randomness is a function of, beside seed and epoch: a repeated sample is augmented anew."""
+        return self.row + (self.repeat << 40)
 
 
 def splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -77,21 +86,60 @@ class EpochSampler(DistributedSampler[Draw]):
         seed: Seed of the permutation.
         num_replicas: Number of ranks.
         rank: This rank.
+        balance: Classes, `(size,)`: an epoch then has as many samples of each class, see `balanced_order`.
     """
 
-    def __init__(self, size: int, *, shuffle: bool, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        balance: Tensor | None = None,
+    ) -> None:
         super().__init__(range(size), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.size = size
+        self.size, self.balance = size, balance
 
     def __iter__(self) -> Iterator[Draw]:
+        repeats = [0] * self.size
         if self.shuffle:
             generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch))
-            order = torch.randperm(self.size, generator=generator).tolist()
+            if self.balance is None:
+                order = torch.randperm(self.size, generator=generator).tolist()
+            else:
+                order, repeats = (found.tolist() for found in balanced_order(self.balance, generator))
         else:
             order = list(range(self.size))
         for position in range(self.rank, self.total_size, self.num_replicas):
-            is_padding = position >= self.size and not self.shuffle
-            yield Draw(self.epoch, order[position % self.size], is_padding)
+            is_padding, place = position >= self.size and not self.shuffle, position % self.size
+            yield Draw(self.epoch, order[place], is_padding, repeats[place])
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As many samples as there are, in random order, of every class as many, but for one.
+
+    Samples of a rare class come several times, each as often as the others, but for one; of a frequent class only
+    some come. A net that is trained so finds rare classes more often than they are, and is surer of them than it
+    should be: its probabilities are those of a world with classes of one size.
+
+    Args:
+        labels: Classes, `(n,)`.
+        generator: Decides.
+
+    Returns:
+        Rows, `(n,)`, and for each how often it came before.
+    """
+    members = [(labels == label).nonzero().flatten() for label in sorted(set(labels.tolist()))]
+    extra = torch.randperm(len(members), generator=generator)[: len(labels) % len(members)].tolist()
+    rows, repeats = [], []
+    for number, some in enumerate(members):
+        places = torch.arange(len(labels) // len(members) + (number in extra))
+        rows.append(some[torch.randperm(len(some), generator=generator)][places % len(some)])
+        repeats.append(places // len(some))
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat(rows)[order], torch.cat(repeats)[order]
 
 
 class LengthSampler(DistributedSampler[list[Draw]]):

@@ -34,6 +34,37 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
+def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: int) -> tuple[Tensor, Tensor]:
+    """A share of every class, or one fold of several.
+
+    Args:
+        labels: Classes, `(n,)`.
+        share: Part to hold out where no fold is given.
+        fold: Number of the fold to hold out, from 0, and how many there are. Together the folds hold every sample
+            once; another seed gives other folds.
+        seed: Decides which.
+
+    Returns:
+        Indices kept and indices held out, each in ascending order.
+
+    Raises:
+        ValueError: No such fold, or a share out of (0, 1).
+    """
+    if fold is None:
+        return stratified_split(labels, share, seed)
+    number, folds = fold
+    if not 0 <= number < folds or folds < 2:
+        raise ValueError(f"data.fold takes a number from 0 and how many there are, such as [0, 5]; not {list(fold)}")
+    generator = torch.Generator().manual_seed(hash_seed(seed, len(labels), folds))
+    of = torch.empty(len(labels), dtype=torch.long)
+    start = 0
+    for members in by_class(labels):  # each class goes on where the last ended, so that folds are of like size
+        order = members[torch.randperm(len(members), generator=generator)]
+        of[order] = torch.arange(start, start + len(members)) % folds
+        start += len(members)
+    return (of != number).nonzero().flatten(), (of == number).nonzero().flatten()
+
+
 def grouped_split(labels: Tensor, groups: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out whole groups, about a share of every class: what belongs together is never on both sides.
 

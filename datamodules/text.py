@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .inspection import inspect_texts
 from .sampling import IGNORED, Draw, EpochSampler, LengthSampler
-from .splits import check_classes, check_rows, limit_per_class, stratified_split
+from .splits import check_classes, check_rows, hold_out, limit_per_class
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class TextDataModule(LightningDataModule):
         problem_type: `single_label_classification`; `multi_label_classification`, any number of labels each; or
             `regression`, a score.
         val_share: Part of the training texts held out for validation where no split for it is given.
+        fold: Hold out fold k of n for validation, as [k, n] with k from 0, in place of `val_share`: n runs validate on
+            every training sample once, and another seed gives other folds. The rows are in each checkpoint.
         limit_per_class: At most so many training texts of each class, for few-text experiments.
         seed: Decides the split and the order.
     """
@@ -104,6 +106,7 @@ class TextDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         problem_type: ProblemType = "single_label_classification",
         val_share: float = 0.1,
+        fold: tuple[int, int] | None = None,
         limit_per_class: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -115,7 +118,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.eval_batch_size = eval_batch_size or 2 * batch_size
-        self.problem_type, self.val_share = problem_type, val_share
+        self.problem_type, self.val_share, self.fold = problem_type, val_share, fold
         self.limit_per_class, self.seed = limit_per_class, seed
         self.splits: dict[str, Texts] = {}
         self.cut_rows: dict[str, list[int]] = {}
@@ -193,8 +196,10 @@ class TextDataModule(LightningDataModule):
             train = splits["train"]
             single = self.problem_type == "single_label_classification"
             classes = train.labels if single else torch.zeros(len(train), dtype=torch.long)
-            kept, held_out = stratified_split(classes, self.val_share, self.seed)
+            kept, held_out = hold_out(classes, self.val_share, self.fold, self.seed)
             splits["train"], splits["val"] = train.part(kept), train.part(held_out)
+        elif self.fold is not None:
+            raise ValueError("data.fold: this data set has a validation split of its own")
         if "train" in splits and self.limit_per_class is not None:
             train = splits["train"]
             splits["train"] = train.part(limit_per_class(train.labels, self.limit_per_class, self.seed))

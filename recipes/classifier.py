@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from .parts.losses import balanced_weights
+from .parts.losses import weights_by_count
 from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
 from .parts.schedules import Plateau
 
@@ -25,7 +25,7 @@ class Classifier(LightningModule):
 
     Args:
         num_classes: Classes.
-        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        class_weights: One weight per class; `balanced`, inverse to the training counts; or `effective`, less extreme.
         optimizer: Called with the parameter groups.
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it.
@@ -48,8 +48,8 @@ class Classifier(LightningModule):
         super().__init__()
         self.optimizer, self.schedule = optimizer, schedule
         self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
-        self.balanced = isinstance(class_weights, str)
-        fixed = None if class_weights is None or self.balanced else torch.as_tensor(class_weights, dtype=torch.float)
+        self.weight_kind: Any = class_weights if isinstance(class_weights, str) else None
+        fixed = None if class_weights is None or self.weight_kind else torch.as_tensor(class_weights, dtype=torch.float)
         if fixed is not None and len(fixed) != num_classes:
             raise ValueError(f"model.class_weights needs {num_classes} numbers, one per class, not {len(fixed)}")
         self.register_buffer("class_weights", fixed, persistent=False)
@@ -80,10 +80,10 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
-        """Balanced class weights need the training counts of the data module."""
-        if self.balanced and stage == "fit":
+        """Class weights by count need the training counts of the data module."""
+        if self.weight_kind and stage == "fit":
             counts = self.trainer.datamodule.class_counts  # type: ignore[attr-defined]
-            self.class_weights = balanced_weights(counts).to(self.device)
+            self.class_weights = weights_by_count(counts, self.weight_kind).to(self.device)
 
     def on_train_start(self) -> None:
         """After a resume, what is configured now counts, not what the checkpoint had."""

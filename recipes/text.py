@@ -31,7 +31,7 @@ from .classifier import Classifier
 from .cli import RecipeCLI
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LOSSES, LossKind, labelled
+from .parts.losses import LOSSES, LossKind, WeightKind, labelled
 from .parts.metrics import metrics_of, per_class_counts
 from .parts.schedules import Linear
 from .runs import load_checkpoint, with_weights_of
@@ -68,7 +68,7 @@ class TextClassifier(Classifier):
             https://arxiv.org/abs/2006.05987: 1 to 3 help with few thousand texts).
         loss: `cross_entropy` or `focal`; for several labels binary cross-entropy, for scores squared error.
         label_smoothing: Probability spread evenly over the classes.
-        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        class_weights: One weight per class; `balanced`, inverse to the training counts; or `effective`, less extreme.
         focal_gamma: Exponent of the focal loss.
         optimizer: Called with the parameter groups, e.g. `functools.partial(torch.optim.AdamW, lr=2e-5)`.
         schedule: Called with the optimiser and the total number of optimiser steps.
@@ -95,7 +95,7 @@ class TextClassifier(Classifier):
         reinit_layers: int = 0,
         loss: LossKind = "cross_entropy",
         label_smoothing: float = 0.0,
-        class_weights: list[float] | Literal["balanced"] | None = None,
+        class_weights: list[float] | WeightKind | None = None,
         focal_gamma: float = 2.0,
         optimizer: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,
         schedule: Callable[[Optimizer, int], LRScheduler] = Linear,

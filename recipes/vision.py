@@ -19,7 +19,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -33,7 +33,7 @@ from .cli import RecipeCLI
 from .parts.backbones import backbone_facts, build_backbone
 from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LossKind, classification_loss
+from .parts.losses import LossKind, WeightKind, classification_loss
 from .parts.metrics import classification_metrics, per_class_counts
 from .parts.schedules import Cosine
 from .parts.weights import load_weights
@@ -62,7 +62,7 @@ class VisionClassifier(Classifier):
             https://arxiv.org/abs/2006.05987).
         loss: `cross_entropy` or `focal`.
         label_smoothing: Probability spread evenly over the classes.
-        class_weights: One weight per class, or `balanced` for weights inverse to the training counts.
+        class_weights: One weight per class; `balanced`, inverse to the training counts; or `effective`, less extreme.
         focal_gamma: Exponent of the focal loss.
         aux_weight: Weight of the loss at the auxiliary heads of Inception v3 and GoogLeNet, 0.4 and 0.3 in their
             papers; 0 leaves them out.
@@ -92,7 +92,7 @@ class VisionClassifier(Classifier):
         reinit_blocks: int = 0,
         loss: LossKind = "cross_entropy",
         label_smoothing: float = 0.0,
-        class_weights: list[float] | Literal["balanced"] | None = None,
+        class_weights: list[float] | WeightKind | None = None,
         focal_gamma: float = 2.0,
         aux_weight: float = 0.0,
         optimizer: Callable[[Iterable[Any]], Optimizer] = torch.optim.AdamW,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+WeightKind: TypeAlias = Literal["balanced", "effective"]
 LossKind: TypeAlias = Literal["cross_entropy", "focal"]
 IGNORED = -100  # label of a sample without one, as in torch
 
@@ -88,17 +89,27 @@ def weight_of(target: Tensor, weight: Tensor | None) -> Tensor:
     return target.sum(1) if weight is None else target @ weight
 
 
-def balanced_weights(counts: Sequence[int]) -> Tensor:
-    """Class weights inverse to the number of training samples, with mean 1 over the samples.
+def weights_by_count(counts: Sequence[int], kind: WeightKind = "balanced", beta: float = 0.999) -> Tensor:
+    """Class weights that fall with the number of training samples, with mean 1 over the samples.
+
+    They move the decision towards rare classes, and with it the probabilities, which are then not those of the data.
+
+    Args:
+        counts: Training samples of each class.
+        kind: `balanced`: inverse to the number. `effective`: inverse to the effective number (1 - beta^n) / (1 - beta),
+            which saturates at 1 / (1 - beta) (Cui et al. 2019, https://arxiv.org/abs/1901.05555): gentler where some
+            classes have thousands.
+        beta: Of the effective number.
 
     Raises:
         ValueError: A class has no sample.
     """
     empty = [label for label, count in enumerate(counts) if count == 0]
     if empty:
-        raise ValueError(f"class_weights 'balanced' needs a training sample of every class; none of class {empty[0]}")
-    per_class = torch.tensor(counts, dtype=torch.float32)
-    return per_class.sum() / (len(counts) * per_class)
+        raise ValueError(f"class_weights {kind!r} needs a training sample of every class; none of class {empty[0]}")
+    per_class = torch.tensor(counts, dtype=torch.float64)
+    weights = 1 / per_class if kind == "balanced" else (1 - beta) / (1 - beta**per_class)
+    return (weights * per_class.sum() / (weights * per_class).sum()).float()
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {  # by what is learnt, in transformers' words

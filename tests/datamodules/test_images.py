@@ -14,7 +14,7 @@ from PIL import Image
 from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.pictures import decode
-from datamodules.splits import grouped_split, limit_per_class, stratified_split
+from datamodules.splits import grouped_split, hold_out, limit_per_class, stratified_split
 
 from ..conftest import picture, write_folder, write_parquet
 
@@ -114,6 +114,32 @@ def test_stratified_split_is_seeded_and_proportional() -> None:
     assert not torch.equal(stratified_split(labels, 0.2, seed=1)[1], held_out)
     with pytest.raises(ValueError, match="between 0 and 1, not 1"):
         stratified_split(labels, 1, seed=0)
+
+
+def test_folds_hold_every_sample_once_and_every_class_alike() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 13 + [2] * 2)
+    folds = [hold_out(labels, 0.1, (number, 5), seed=0) for number in range(5)]
+    assert torch.cat([held_out for _, held_out in folds]).sort().values.tolist() == list(range(55))
+    for kept, held_out in folds:
+        assert len(held_out) == 11
+        assert labels[held_out].bincount()[0] == 8
+        assert labels[held_out].bincount()[1] in (2, 3)
+        assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(55))
+    assert not torch.equal(hold_out(labels, 0.1, (0, 5), seed=1)[1], folds[0][1]), "repeated with other seeds"
+    for wrong in ((5, 5), (-1, 5), (0, 1)):
+        with pytest.raises(ValueError, match=r"data.fold takes a number from 0 and how many there are"):
+            hold_out(labels, 0.1, wrong, seed=0)
+
+
+def test_a_fold_is_recorded(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "pictures", splits=(), classes=2, each=10)
+    seen: list[str] = []
+    for number in range(4):
+        data = ImageFolder(root, image_size=32, fold=(number, 4), seed=2)
+        data.setup("fit")
+        seen += [data.sample_names("val")(index) for index in range(len(data.splits["val"].labels))]
+        assert data.state_dict()["split_rows"]["val"].tolist() == data.cut_rows["val"]
+    assert len(seen) == len(set(seen)) == 16, "without the four for the test"
 
 
 def test_groups_are_held_out_as_a_whole() -> None:

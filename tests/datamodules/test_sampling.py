@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.sampling import EpochSampler, counter_uniform, hash_seed, splitmix64
+from datamodules.sampling import Draw, EpochSampler, balanced_order, counter_uniform, hash_seed, splitmix64
 
 
 def test_splitmix64_is_the_published_generator() -> None:
@@ -54,3 +54,43 @@ def test_ranks_share_one_permutation_that_changes_with_the_epoch() -> None:
     assert order(0, 2) == order(0, 1)
     assert order(1, 1) != order(0, 1)
     assert sorted(order(1, 2)) == list(range(10))
+
+
+def test_a_balanced_epoch_has_as_many_of_each_class() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 8 + [2] * 3)
+    rows, repeats = balanced_order(labels, torch.Generator().manual_seed(0))
+    assert len(rows) == len(labels)
+    assert sorted(labels[rows].bincount().tolist()) == [33, 34, 34]
+    drawn = rows.bincount(minlength=101)
+    assert set(drawn[:90].tolist()) == {0, 1}, "of the frequent class some, each once"
+    assert set(drawn[90:98].tolist()) <= {4, 5} and set(drawn[98:].tolist()) <= {11, 12}, "of rare ones each as often"
+    pairs = list(zip(rows.tolist(), repeats.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs), "each time as another repeat"
+    assert repeats.max() == drawn.max() - 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_a_balanced_epoch(ranks: int) -> None:
+    labels = torch.tensor([0] * 50 + [1] * 6)
+    parts = []
+    for rank in range(ranks):
+        sampler = EpochSampler(56, shuffle=True, seed=3, num_replicas=ranks, rank=rank, balance=labels)
+        sampler.set_epoch(2)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler)
+    assert len({len(part) for part in parts}) == 1
+    together = [draw for part in parts for draw in part][:56]
+    counts = torch.bincount(labels[torch.tensor([draw.row for draw in together])])
+    assert abs(counts[0] - counts[1]) <= 2
+    again = EpochSampler(56, shuffle=True, seed=3, num_replicas=ranks, balance=labels)
+    again.set_epoch(3)
+    assert list(again) != parts[0], "another epoch, others"
+    evaluation = EpochSampler(56, shuffle=False, balance=labels)
+    assert [draw.row for draw in evaluation] == list(range(56))
+
+
+def test_a_repeated_sample_is_augmented_anew() -> None:
+    once, twice = Draw(0, 7), Draw(0, 7, repeat=1)
+    assert once.counter == 7
+    assert not torch.equal(*(counter_uniform(0, 0, [draw.counter], 4) for draw in (once, twice)))
+    assert hash_seed(0, 0, once.counter) != hash_seed(0, 0, twice.counter)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recipes.parts.losses import balanced_weights, classification_loss
+from recipes.parts.losses import classification_loss, weights_by_count
 
 
 @pytest.fixture
@@ -54,7 +54,19 @@ def test_half_precision_is_summed_in_full(batch: tuple[torch.Tensor, torch.Tenso
 
 def test_balanced_weights_give_each_class_the_same_say() -> None:
     counts = [10, 30, 60]
-    weight = balanced_weights(counts)
+    weight = weights_by_count(counts)
     assert torch.allclose(weight * torch.tensor(counts), torch.full((3,), 100 / 3))
     with pytest.raises(ValueError, match="none of class 1"):
-        balanced_weights([3, 0])
+        weights_by_count([3, 0])
+
+
+def test_effective_weights_saturate() -> None:
+    counts = [10, 1000, 100_000]
+    effective, balanced = weights_by_count(counts, "effective"), weights_by_count(counts)
+    for weight in (effective, balanced):
+        assert (weight * torch.tensor(counts)).sum().item() == pytest.approx(sum(counts))
+    number = [(1 - 0.999**count) / (1 - 0.999) for count in counts]
+    assert (effective[0] / effective[1]).item() == pytest.approx(number[1] / number[0], rel=1e-5)
+    assert effective[1] / effective[2] < 2 < 99 < balanced[1] / balanced[2]
+    with pytest.raises(ValueError, match="class_weights 'effective' needs a training sample of every class"):
+        weights_by_count([3, 0], "effective")
