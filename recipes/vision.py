@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class VisionClassifier(Classifier):
         layer_decay: Factor on the learning rate from each block to the one before it; 1 for one rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a
             parameter's name counts.
+        mirror_at_test: Whether `test` and `predict` give the mean probabilities of a picture and its mirror image.
         compile_backbone: Whether to torch.compile the backbone.
     """
 
@@ -99,6 +101,7 @@ class VisionClassifier(Classifier):
         schedule: Callable[[Optimizer, int], LRScheduler] = Cosine,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
+        mirror_at_test: bool = False,
         compile_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
@@ -124,7 +127,7 @@ class VisionClassifier(Classifier):
         self.loss = functools.partial(
             classification_loss, kind=loss, label_smoothing=label_smoothing, gamma=focal_gamma
         )
-        self.aux_weight = aux_weight
+        self.aux_weight, self.mirror_at_test = aux_weight, mirror_at_test
         self.metrics = nn.ModuleDict(
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
@@ -153,6 +156,14 @@ class VisionClassifier(Classifier):
             return self.head(batch["features"])  # type: ignore[no-any-return]
         return self(batch["image"])  # type: ignore[no-any-return]
 
+    def final_logits(self, batch: Batch) -> Tensor:
+        """Logits of `test` and `predict`: with `mirror_at_test` the log of two views' mean probabilities."""
+        logits = self.logits(batch)
+        if not self.mirror_at_test or "features" in batch:
+            return logits
+        views = logits.float(), self(batch["image"].flip(3)).float()
+        return torch.logaddexp(*(view.log_softmax(1) for view in views)) - math.log(2)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         target = batch["target"] if "target" in batch else batch["label"]
         if len(self.aux_heads) and "features" not in batch:
@@ -176,11 +187,11 @@ class VisionClassifier(Classifier):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Index, most probable class and its probability of each picture, each `(batch,)`."""
-        probability, label = self.logits(batch).float().softmax(1).max(1)
+        probability, label = self.final_logits(batch).float().softmax(1).max(1)
         return {"index": batch["index"], "label": label, "probability": probability}
 
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
-        logits = self.logits(batch)
+        logits = self.final_logits(batch) if split == "test" else self.logits(batch)
         kept = int((batch["label"] >= 0).sum())
         self.log_loss(split, self.loss(logits, batch["label"]), kept)  # without class weights: as the data are
         metrics = self.metrics[split]

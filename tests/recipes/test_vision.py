@@ -251,6 +251,20 @@ def test_class_weights_balanced_come_from_the_training_counts() -> None:
     assert torch.allclose(cli.model.class_weights * counts, counts.sum() / 5)  # type: ignore[operator]
 
 
+def test_mirror_images_are_averaged_in_test_and_predict_alone() -> None:
+    model = VisionClassifier(num_classes=3, backbone="resnet8", image_size=8, mirror_at_test=True).eval()
+    image = torch.rand(5, 3, 8, 8)
+    batch = {"image": image, "label": torch.arange(5) % 3, "index": torch.arange(5)}
+    with torch.no_grad():
+        one, other = model(image).softmax(1), model(image.flip(3)).softmax(1)
+        assert torch.allclose(model.final_logits(batch).softmax(1), (one + other) / 2, atol=1e-6)
+        assert torch.allclose(model.predict_step(batch, 0)["probability"], ((one + other) / 2).max(1).values)
+        assert not torch.allclose(one, other)
+        assert torch.equal(model.logits(batch), model(image)), "training and validation see the picture"
+        model.mirror_at_test = False
+        assert torch.equal(model.final_logits(batch), model(image))
+
+
 def test_reinitialised_blocks_are_fresh_and_the_others_pretrained() -> None:
     options: dict[str, Any] = {"backbone": "resnet8", "weights": "digits_0_4_resnet8", "image_size": 8}
     pretrained = VisionClassifier(5, **options).backbone.state_dict()
