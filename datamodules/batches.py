@@ -50,6 +50,8 @@ def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool =
     steps: list[Any] = [v2.Lambda(partial(evaluation_crop, size=size))]
     if train and strength in ("standard", "strong"):
         steps = [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)]
+    if train and strength == "standard":  # torch resizes in a third of PIL's time; TrivialAugment is PIL's, though
+        steps.insert(0, v2.PILToTensor())
     if train and strength != "none" and flip:
         steps.append(v2.RandomHorizontalFlip())
     if train and strength == "strong":
