@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +106,17 @@ def forgetting() -> str:
     return f"A before B: {figures['a_before']:.3f}; {figures['seeds']} seeds; split_cifar.json.\n\n" + "\n".join(lines)
 
 
-def few_images() -> str:
-    """Ways of fine-tuning by number of images."""
-    figures = result("few_images")
-    columns = {name: row for name, row in figures.items() if name.endswith("per class")}
+def by_images(name: str, with_seconds: bool) -> str:
+    """Ways by number of images."""
+    figures = result(name)
+    columns = {column: row for column, row in figures.items() if column.endswith("per class")}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for way in next(iter(columns.values())):
-        cells = [
-            f"{with_range(column[way])}, {column[way]['cpu_s']:.0f} s" if way in column else "not measured yet"
-            for column in columns.values()
-        ]
+        rows = [column[way] for column in columns.values()]
+        cells = [with_range(row) + (f", {row['cpu_s']:.0f} s" if with_seconds else "") for row in rows]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    return f"Test accuracy, {figures['seeds']} seeds, CPU seconds of one fit; few_images.json.\n\n" + "\n".join(lines)
+    note = ", CPU seconds of one fit" if with_seconds else ""
+    return f"Test accuracy, {figures['seeds']} seeds{note}; {name}.json.\n\n" + "\n".join(lines)
 
 
 def text_quickstart() -> str:
@@ -171,16 +171,6 @@ def more_speed() -> str:
     return f"On {texts['hardware']['processor']}, without a GPU:\n\n" + "\n".join(lines)
 
 
-def augmentation() -> str:
-    """Presets by number of images."""
-    figures = result("augmentation")
-    columns = {name: row for name, row in figures.items() if name.endswith("per class")}
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for way in next(iter(columns.values())):
-        lines.append(f"| {way} | {' | '.join(with_range(column[way]) for column in columns.values())} |")
-    return f"Test accuracy, {figures['seeds']} seeds; augmentation.json.\n\n" + "\n".join(lines)
-
-
 def filled(text: str) -> str:
     """README with its generated parts made anew."""
     for name, make in PARTS.items():
@@ -196,11 +186,11 @@ PARTS = {
     "quickstart": quickstart,
     "configs": configs,
     "forgetting": forgetting,
-    "few": few_images,
+    "few": partial(by_images, "few_images", with_seconds=True),
     "cost": cost,
     "speed": speed,
     "more": more_speed,
-    "augmentation": augmentation,
+    "augmentation": partial(by_images, "augmentation", with_seconds=False),
     "text": text_quickstart,
     "sst2": sst2,
 }

@@ -34,24 +34,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import used, write_result
+from benchmarks.measure import report_end, report_start, write_result
 
 TEXTS, BATCH, EPOCHS, ROUNDS = 640, 32, 2, 3
 SENTENCES = Path(os.environ.get("FINETUNING_DATA", "")) / "sst2" / "train.tsv"
 KEEP_WORDS = ["--trainer.callbacks+=Freeze", '--trainer.callbacks.patterns={word_embeddings: false, ".": true}']
-clock = {"wall": 0.0, "cpu": 0.0, "steps": 0}
-
-
-def report_start(epoch: int) -> None:
-    """The second epoch counts."""
-    if epoch == 1:
-        clock.update(wall=time.perf_counter(), cpu=used())
-
-
-def report_end() -> None:
-    """Tell the parent."""
-    seconds = {"wall_s": time.perf_counter() - clock["wall"], "cpu_s": used() - clock["cpu"]}
-    print("SECONDS", json.dumps(seconds), flush=True)
 
 
 def sentences() -> tuple[list[str], list[int]]:

@@ -22,13 +22,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import used, write_result
+from benchmarks.measure import report_end, report_start, write_result
 
 IMAGES, CLASSES, ROUNDS = 1600, 10, 2
 
@@ -108,19 +107,6 @@ WAYS = {
     "fp32": lambda root: ours(root, "--trainer.precision=32-true", "--data.in_memory=false", "--data.num_workers=2"),
     "shipped": ours,
 }
-clock = {"wall": 0.0, "cpu": 0.0}
-
-
-def report_start(epoch: int) -> None:
-    """The second epoch counts."""
-    if epoch == 1:
-        clock.update(wall=time.perf_counter(), cpu=used())
-
-
-def report_end() -> None:
-    """Tell the parent."""
-    seconds = {"wall_s": time.perf_counter() - clock["wall"], "cpu_s": used() - clock["cpu"]}
-    print("SECONDS", json.dumps(seconds), flush=True)
 
 
 def measure() -> None:

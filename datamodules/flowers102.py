@@ -7,11 +7,10 @@ from typing import Any
 
 from torchvision import datasets
 
-from .images import ImageDataModule
-from .pictures import PictureFiles, Pictures, check_there
+from .official import OfficialFiles
 
 
-class Flowers102(ImageDataModule):
+class Flowers102(OfficialFiles):
     """Oxford Flowers 102.
 
     Contents: 8,189 RGB photographs, the shorter side 500 pixels, 102 species, 40 to 258 of each.
@@ -27,39 +26,19 @@ class Flowers102(ImageDataModule):
         **kwargs: Those of `ImageDataModule`.
     """
 
-    def __init__(self, root: str | Path = "data/flowers102", train_on_val: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.root, self.train_on_val = Path(root).expanduser(), train_on_val
+    official = datasets.Flowers102
+    home = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+    archives = "102flowers.tgz, imagelabels.mat and setid.mat"
+    folder, images = "flowers-102", "_image_files"
+    splits_of = {"train": ("train",), "val": ("val",), "test": ("test",)}
+    train_samples = 1_020
 
-    @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        if self.limit_per_class:
-            return 102 * self.limit_per_class
-        return round(2_040 * (1 - self.val_share)) if self.train_on_val else 1_020
+    def __init__(self, root: str | Path = "data/flowers102", train_on_val: bool = False, **kwargs: Any) -> None:
+        super().__init__(root, **kwargs)
+        if train_on_val:
+            self.splits_of, self.train_samples = {"train": ("train", "val"), "test": ("test",)}, 2_040  # type: ignore[misc]
 
     @property
     def class_names(self) -> list[str]:
         """The species."""
         return list(datasets.Flowers102.classes)
-
-    def prepare_data(self) -> None:
-        """Download what is not there."""
-        try:
-            datasets.Flowers102(str(self.root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"Flowers 102 is not in {self.root} and cannot be downloaded ({error}). Put 102flowers.tgz, "
-                "imagelabels.mat and setid.mat from https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ into "
-                f"{self.root / 'flowers-102'}, or set data.root to where they are."
-            ) from error
-
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name; all of them must be there."""
-        splits = {}
-        for names in (("train", "val"), ("test",)) if self.train_on_val else (("train",), ("val",), ("test",)):
-            parts = [datasets.Flowers102(str(self.root), split=name) for name in names]
-            paths = [str(path) for part in parts for path in part._image_files]
-            check_there(paths, f"remove {self.root / 'flowers-102' / 'jpg'}, and it is unpacked again")
-            splits[names[0]] = PictureFiles(paths, [label for part in parts for label in part._labels])
-        return dict(splits)

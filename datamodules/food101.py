@@ -8,11 +8,10 @@ from typing import Any
 
 from torchvision import datasets
 
-from .images import ImageDataModule
-from .pictures import PictureFiles, Pictures, check_there
+from .official import OfficialFiles
 
 
-class Food101(ImageDataModule):
+class Food101(OfficialFiles):
     """Food-101.
 
     Contents: 101,000 RGB photographs of at most 512 pixels, 101 dishes, 1,000 of each. The training labels are not
@@ -28,38 +27,17 @@ class Food101(ImageDataModule):
     """
 
     num_classes = 101
+    official = datasets.Food101
+    home = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
+    archives = "what is in food-101.tar.gz"
+    folder, images = "food-101", "_image_files"
+    splits_of = {"train": ("train",), "test": ("test",)}
+    train_samples = 75_750
 
     def __init__(self, root: str | Path = "data/food101", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.root = Path(root).expanduser()
-
-    @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return 101 * self.limit_per_class if self.limit_per_class else round(75_750 * (1 - self.val_share))
+        super().__init__(root, **kwargs)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The dishes."""
         return [name.replace("_", " ") for name in datasets.Food101(str(self.root)).classes]
-
-    def prepare_data(self) -> None:
-        """Download what is not there."""
-        try:
-            datasets.Food101(str(self.root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"Food-101 is not in {self.root} and cannot be downloaded ({error}). Unpack food-101.tar.gz from "
-                f"https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/ in {self.root}, or set data.root to "
-                "where it is."
-            ) from error
-
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name; all of them must be there."""
-        splits: dict[str, Pictures] = {}
-        for split in ("train", "test"):
-            food = datasets.Food101(str(self.root), split=split)
-            paths = [str(path) for path in food._image_files]
-            check_there(paths, f"remove {self.root / 'food-101'}, and it is unpacked again")
-            splits[split] = PictureFiles(paths, food._labels)
-        return splits

@@ -9,11 +9,10 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from .images import ImageDataModule
-from .pictures import PictureFiles, Pictures, check_there
+from .official import OfficialFiles
 
 
-class OxfordPets(ImageDataModule):
+class OxfordPets(OfficialFiles):
     """Oxford-IIIT Pet.
 
     Contents: 7,349 RGB photographs of various sizes, 25 breeds of dogs and 12 of cats, about 200 of each; for each
@@ -29,41 +28,20 @@ class OxfordPets(ImageDataModule):
     """
 
     num_classes = 37
+    official = datasets.OxfordIIITPet
+    home = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
+    archives = "images.tar.gz and annotations.tar.gz"
+    folder, images = "oxford-iiit-pet", "_images"
+    splits_of = {"train": ("trainval",), "test": ("test",)}
+    train_samples = 3_680
 
     def __init__(self, root: str | Path = "data/oxford_pets", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.root = Path(root).expanduser()
-
-    @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return 37 * self.limit_per_class if self.limit_per_class else round(3_680 * (1 - self.val_share))
+        super().__init__(root, **kwargs)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The breeds."""
         return list(datasets.OxfordIIITPet(str(self.root)).classes)
-
-    def prepare_data(self) -> None:
-        """Download what is not there."""
-        try:
-            datasets.OxfordIIITPet(str(self.root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"Oxford-IIIT Pet is not in {self.root} and cannot be downloaded ({error}). Put images.tar.gz and "
-                "annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/ into "
-                f"{self.root / 'oxford-iiit-pet'}, or set data.root to where they are."
-            ) from error
-
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name; all of them must be there."""
-        splits: dict[str, Pictures] = {}
-        for name, split in (("train", "trainval"), ("test", "test")):
-            pets = datasets.OxfordIIITPet(str(self.root), split=split)
-            paths = [str(path) for path in pets._images]
-            check_there(paths, f"remove {pets._images_folder}, and it is unpacked again")
-            splits[name] = PictureFiles(paths, pets._labels)
-        return splits
 
     def trimap(self, split: str, index: int) -> Image.Image:
         """What is animal (1), background (2) and outline (3) in a picture of a split, of the picture's size."""
