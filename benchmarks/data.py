@@ -6,7 +6,8 @@
   package, against torchvision's with the transforms of its references, both with two workers, two epochs; and the
   decoding alone, the ceiling of both. Images per second of the wall and of the CPU, in turn.
 * A tree of 1,000,000 empty files in 1,000 folders: the first and the second start, against a walk that notes paths.
-* The doctor on 20,000 pictures of 32 px.
+* The doctor on 20,000 pictures of 32 px; and where FINETUNING_DATA names the folder of `cifar10/*.parquet`, what it
+  finds in them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from benchmarks.measure import used, write_result
-from datamodules import ImageFolder
+from datamodules import HuggingFaceImages, ImageFolder
 from datamodules.file_index import list_files
 from datamodules.folder import SUFFIXES
 from datamodules.inspection import inspect_pictures
@@ -129,6 +130,16 @@ def million(root: Path) -> dict[str, float]:
     }
 
 
+def cifar10(folder: Path) -> dict[str, Any]:
+    """Copies that the doctor finds in CIFAR-10."""
+    files = {split: str(folder / f"{split}.parquet") for split in ("train", "test")}
+    data = HuggingFaceImages("parquet", data_files=files, val_split=None, test_split="test", image_size=32)
+    data.setup("fit")
+    found = data.inspect()
+    counts = {key: len(found[key]) for key in ("unreadable", "misnamed", "exact", "rescaled")}
+    return {"pictures": sum(part["samples"] for part in found["splits"].values()), **counts, "leaks": found["leaks"]}
+
+
 def main() -> None:
     """Measure and write."""
     ways = {"usual": usual, "ours": ours, "decoding": ceiling}
@@ -151,6 +162,8 @@ def main() -> None:
         inspect_pictures({"train": pictures}, ["all"], workers=2)
         figures["doctor_per_s"] = round(len(paths) / (time.perf_counter() - started))
         figures["million"] = million(Path(folder) / "million")
+    if "FINETUNING_DATA" in os.environ:
+        figures["cifar10"] = cifar10(Path(os.environ["FINETUNING_DATA"]) / "cifar10")
     write_result("data", figures)
 
 

@@ -78,18 +78,13 @@ def sentences(found: dict[str, Any]) -> list[str]:
         if rows:
             out.append(f"{len(rows):,} {words}:")
             out += [f"    {' · '.join(row)}" for row in rows[:SHOWN]]
-    for key, words in (
-        ("exact", "are there more than once"),
-        ("rescaled", "are there again at another size or quality"),
-    ):
+    for key, words in (("exact", "are there twice or more"), ("rescaled", "again, in other size, quality or light")):
         groups = found.get(key, [])
         if groups:
             out.append(f"{len(groups):,} {words}:")
             out += [f"    {' = '.join(' · '.join(place) for place in group[:3])}" for group in groups[:SHOWN]]
     for pair, count in found["leaks"].items():
-        out.append(
-            f"LEAK: {count:,} of these are both in {' and '.join(pair.split(', '))}: the second can't be trusted"
-        )
+        out.append(f"LEAK: {count:,} of these in both {' and '.join(pair.split(', '))}: its figure can't be trusted")
     if found["conflicts"]:
         out.append(f"{found['conflicts']:,} of these have different labels")
     for split, counts in found["splits"].items():
