@@ -220,11 +220,10 @@ class TextCLI(RecipeCLI):
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
         if self.subcommand != "fit" and config.ckpt_path and "class_names" in config.data.init_args:
-            data_states = [
-                v for k, v in load_checkpoint(config.ckpt_path).items() if k == config.data.class_path.split(".")[-1]
-            ]
-            if data_states and config.data.init_args.class_names is None:
-                config.data.init_args.class_names = data_states[0]["class_names"]
+            states = [state for state in load_checkpoint(config.ckpt_path).values() if isinstance(state, dict)]
+            names_of = [state["class_names"] for state in states if "class_names" in state]
+            if names_of and config.data.init_args.class_names is None:
+                config.data.init_args.class_names = names_of[0]  # also those of another data module
 
     def instantiate_classes(self) -> None:
         """The tokenizer is the encoder's unless the data names one."""

@@ -98,6 +98,28 @@ def test_raw_sentences_are_predicted_as_plain_transformers_does(options: list[st
         assert float(row["probability"]) == pytest.approx(max(float(row["p(bad)"]), float(row["p(good)"])))
 
 
+def test_what_docstrings_taught_is_asked_of_other_texts(own_folder: Path) -> None:
+    few = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", *QUIET]
+    cli = main(["fit", "--config", "text/quickstart", *few])
+    (own_folder / "new.txt").write_text("Open a socket and wait.\nReturn the number of days.\n")
+    best = str(folder_of(cli) / "checkpoints" / "best.ckpt")
+    predicted = main(
+        [
+            "predict",
+            "--ckpt_path",
+            best,
+            "--data",
+            "TextFiles",
+            "--data.predict_file=new.txt",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    with (folder_of(predicted) / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == ["Open a socket and wait.", "Return the number of days."]
+    assert {row["label"] for row in rows} <= set(cli.datamodule.class_names)
+
+
 @pytest.mark.filterwarnings("ignore:The variance of predictions")  # before the first step
 def test_several_labels_and_scores(options: list[str], own_folder: Path) -> None:
     rows = [
