@@ -7,10 +7,12 @@ from typing import Any
 
 from torchvision import datasets
 
-from .official import OfficialFiles
+from .images import ImageDataModule
+from .official import download, listed
+from .pictures import Pictures
 
 
-class Flowers102(OfficialFiles):
+class Flowers102(ImageDataModule):
     """Oxford Flowers 102.
 
     Contents: 8,189 RGB photographs, the shorter side 500 pixels, 102 species, 40 to 258 of each.
@@ -26,19 +28,33 @@ class Flowers102(OfficialFiles):
         **kwargs: Those of `ImageDataModule`.
     """
 
-    official = datasets.Flowers102
-    home = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
-    archives = "102flowers.tgz, imagelabels.mat and setid.mat"
-    folder, images = "flowers-102", "_image_files"
-    splits_of = {"train": ("train",), "val": ("val",), "test": ("test",)}
-    train_samples = 1_020
+    num_classes = 102
 
     def __init__(self, root: str | Path = "data/flowers102", train_on_val: bool = False, **kwargs: Any) -> None:
-        super().__init__(root, **kwargs)
-        if train_on_val:
-            self.splits_of, self.train_samples = {"train": ("train", "val"), "test": ("test",)}, 2_040  # type: ignore[misc]
+        super().__init__(**kwargs)
+        self.root, self.train_on_val = Path(root).expanduser(), train_on_val
+        self.folder = self.root / "flowers-102"
+
+    @property
+    def expected_samples(self) -> int:
+        """Training pictures that will be there, before any file is."""
+        if self.limit_per_class:
+            return 102 * self.limit_per_class
+        return round(2_040 * (1 - self.val_share)) if self.train_on_val else 1_020
 
     @property
     def class_names(self) -> list[str]:
         """The species."""
         return list(datasets.Flowers102.classes)
+
+    def prepare_data(self) -> None:
+        """Download what is not there."""
+        home = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+        archives = f"102flowers.tgz, imagelabels.mat and setid.mat from {home}"
+        download(datasets.Flowers102, self.root, self.folder, archives)
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The files that the lists name."""
+        splits = {"train": ["train", "val"]} if self.train_on_val else {"train": ["train"], "val": ["val"]}
+        splits["test"] = ["test"]
+        return {name: listed(datasets.Flowers102, self.root, self.folder, of) for name, of in splits.items()}

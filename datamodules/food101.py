@@ -8,10 +8,12 @@ from typing import Any
 
 from torchvision import datasets
 
-from .official import OfficialFiles
+from .images import ImageDataModule
+from .official import download, listed
+from .pictures import Pictures
 
 
-class Food101(OfficialFiles):
+class Food101(ImageDataModule):
     """Food-101.
 
     Contents: 101,000 RGB photographs of at most 512 pixels, 101 dishes, 1,000 of each. The training labels are not
@@ -27,17 +29,27 @@ class Food101(OfficialFiles):
     """
 
     num_classes = 101
-    official = datasets.Food101
-    home = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
-    archives = "what is in food-101.tar.gz"
-    folder, images = "food-101", "_image_files"
-    splits_of = {"train": ("train",), "test": ("test",)}
-    train_samples = 75_750
 
     def __init__(self, root: str | Path = "data/food101", **kwargs: Any) -> None:
-        super().__init__(root, **kwargs)
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+        self.folder = self.root / "food-101"
+
+    @property
+    def expected_samples(self) -> int:
+        """Training pictures that will be there, before any file is."""
+        return 101 * self.limit_per_class if self.limit_per_class else round(75_750 * (1 - self.val_share))
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The dishes."""
         return [name.replace("_", " ") for name in datasets.Food101(str(self.root)).classes]
+
+    def prepare_data(self) -> None:
+        """Download what is not there."""
+        home = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
+        download(datasets.Food101, self.root, self.folder, f"what is in food-101.tar.gz from {home}")
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The files that the lists name."""
+        return {split: listed(datasets.Food101, self.root, self.folder, [split]) for split in ("train", "test")}

@@ -9,10 +9,12 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from .official import OfficialFiles
+from .images import ImageDataModule
+from .official import download, listed
+from .pictures import Pictures
 
 
-class OxfordPets(OfficialFiles):
+class OxfordPets(ImageDataModule):
     """Oxford-IIIT Pet.
 
     Contents: 7,349 RGB photographs of various sizes, 25 breeds of dogs and 12 of cats, about 200 of each; for each
@@ -28,20 +30,31 @@ class OxfordPets(OfficialFiles):
     """
 
     num_classes = 37
-    official = datasets.OxfordIIITPet
-    home = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
-    archives = "images.tar.gz and annotations.tar.gz"
-    folder, images = "oxford-iiit-pet", "_images"
-    splits_of = {"train": ("trainval",), "test": ("test",)}
-    train_samples = 3_680
 
     def __init__(self, root: str | Path = "data/oxford_pets", **kwargs: Any) -> None:
-        super().__init__(root, **kwargs)
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+        self.folder = self.root / "oxford-iiit-pet"
+
+    @property
+    def expected_samples(self) -> int:
+        """Training pictures that will be there, before any file is."""
+        return 37 * self.limit_per_class if self.limit_per_class else round(3_680 * (1 - self.val_share))
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The breeds."""
         return list(datasets.OxfordIIITPet(str(self.root)).classes)
+
+    def prepare_data(self) -> None:
+        """Download what is not there."""
+        home = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
+        download(datasets.OxfordIIITPet, self.root, self.folder, f"images.tar.gz and annotations.tar.gz from {home}")
+
+    def read_splits(self) -> dict[str, Pictures]:
+        """The files that the lists name."""
+        splits = {"train": ["trainval"], "test": ["test"]}
+        return {name: listed(datasets.OxfordIIITPet, self.root, self.folder, of) for name, of in splits.items()}
 
     def trimap(self, split: str, index: int) -> Image.Image:
         """What is animal (1), background (2) and outline (3) in a picture of a split, of the picture's size."""
