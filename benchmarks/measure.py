@@ -11,7 +11,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +49,8 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 def used() -> float:
     """CPU seconds of this process and of its living and finished workers."""
+    import psutil  # README's tables are made without it
+
     own = psutil.Process()
     times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
     return sum(t.user + t.system + t.children_user + t.children_system for t in times)
