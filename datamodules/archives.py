@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import shutil
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -53,6 +54,9 @@ def fetch(url: str, part: Path, have: int, size: int) -> None:
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
         going_on = have > 0 and answer.status == http.client.PARTIAL_CONTENT
+        length = answer.headers.get("Content-Length")
+        if not going_on and length is not None and int(length) != size:
+            raise OSError(f"the answer has {int(length):,} bytes: it is another file, or a page that asks to log in")
         with (
             part.open("ab" if going_on else "wb") as out,
             tqdm(desc=part.stem, initial=have if going_on else 0, total=size, unit="B", unit_scale=True) as bar,
@@ -86,9 +90,8 @@ def unpack(archive: Path, folder: Path, inside: str = ".") -> None:
         ValueError: A member that does not belong into an archive of data, or a file that is no archive or lacks
             `inside`.
     """
-    beside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)  # of a try that was cut off
-    beside.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         with tarfile.open(archive) as members, tqdm(desc=f"unpacking {archive.name}", unit=" files") as bar:
             for member in members:
@@ -108,7 +111,12 @@ def unpack(archive: Path, folder: Path, inside: str = ".") -> None:
                 bar.update()
         if not (beside / inside).is_dir():
             raise ValueError(f"{archive} has no folder {inside}")
-        (beside / inside).rename(folder)
+        (beside / inside).chmod(0o755)
+        try:
+            (beside / inside).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first
+                raise
     except (tarfile.TarError, EOFError) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise ValueError(f"{archive} cannot be unpacked: {reason}; remove it, and it is fetched again") from error

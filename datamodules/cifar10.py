@@ -32,9 +32,7 @@ class CIFAR10(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training images that will be there, before any file is."""
-        if self.limit_per_class:
-            return 10 * self.limit_per_class
-        return round(50_000 * (1 - self.val_share))
+        return self.kept_of(50_000)
 
     @property
     def class_names(self) -> list[str]:

@@ -106,17 +106,24 @@ class PackageDocstrings(TextDataModule):
         """Parse the sources, once as long as they are the same."""
         known = Docstrings(tokenizer=self.tokenizer_name).read_splits()["test"]
         tested = frozenset(known.text(index) for index in range(len(known)))
-        sources = [path for path in LIBRARY.rglob("*.py") if "site-packages" not in path.parts]
+        sources = below(LIBRARY)
         for package in self.packages:
             found = importlib.util.find_spec(package)
             if found is None:
                 raise ModuleNotFoundError(f"data.packages: {package} is not installed")
-            sources += [path for root in found.submodule_search_locations or () for path in Path(root).rglob("*.py")]
-        sources = sorted(path for path in sources if not {"test", "tests"} & set(path.parts))
+            roots = found.submodule_search_locations
+            sources += [Path(str(found.origin))] if roots is None else [path for root in roots for path in below(root)]
+        sources.sort()
         sizes = [(path.name, path.stat().st_size) for path in sources]
         read = functools.partial(read_unlabelled, sources, tested)
         table = cached_texts(read, ("text",), sys.version, sizes, sorted(tested), MIN_WORDS)
         return {"train": Texts(table, torch.full((len(table),), IGNORED))}
+
+
+def below(root: str | Path) -> list[Path]:
+    """Sources below a folder, without tests and without what is installed there."""
+    skipped = {"test", "tests", "site-packages"}
+    return sorted(path for path in Path(root).rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
 
 def cached_texts(read: Callable[[], Iterator[dict[str, str]]], columns: Sequence[str], *facts: Any) -> Any:
@@ -134,7 +141,7 @@ def read_kinds() -> Iterator[dict[str, str]]:
     for kind, modules in KINDS.items():
         for module in modules.split():
             for source in [LIBRARY / f"{module}.py", *sorted((LIBRARY / module).rglob("*.py"))]:
-                if source.is_file() and "test" not in source.parts:
+                if source.is_file() and "test" not in source.relative_to(LIBRARY).parts:
                     for text in docstrings_of(source):
                         found.setdefault(text, []).append((kind, source.relative_to(LIBRARY).as_posix()))
     for text, places in found.items():

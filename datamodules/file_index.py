@@ -48,7 +48,8 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
                     paths.append(f"{folder}{name}")
     paths.sort()
     if len(paths) >= MANY:
-        with contextlib.suppress(OSError):  # a disk that is full, or not ours to write on, costs only time
+        # a disk that is full or not ours to write on, names that are no text, a folder that is being filled: no note
+        with contextlib.suppress(OSError, ValueError):
             write_note(note, paths, folders)
             return MappedPaths(note, root)
     return paths
@@ -61,7 +62,8 @@ def write_note(note: Path, paths: list[str], folders: dict[str, int]) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
     beside = note.with_name(f"{note.name}.{os.getpid()}")
     table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.large_string())})
-    table = table.replace_schema_metadata({"folders": json.dumps(folders)})
+    content = hashlib.sha256("\0".join(paths).encode()).hexdigest()
+    table = table.replace_schema_metadata({"folders": json.dumps(folders), "content": content})
     try:
         with pyarrow.OSFile(str(beside), "wb") as out, pyarrow.ipc.new_file(out, table.schema) as writer:
             writer.write_table(table)
@@ -94,6 +96,7 @@ class MappedPaths(Sequence[str]):
 
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.note))).read_all()
         self.schema, self.column = table.schema, table["path"].combine_chunks()
+        self.content = self.schema.metadata[b"content"]
 
     def __len__(self) -> int:
         return len(self.column)
@@ -103,8 +106,10 @@ class MappedPaths(Sequence[str]):
         return found.to_pylist() if isinstance(index, slice) else found.as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"note": self.note}
+        return {"note": self.note, "content": self.content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.note = state["note"]
         self._open()
+        if self.content != state["content"]:  # rows would be other files than the labels are of
+            raise RuntimeError(f"{self.note} was written anew while a run was reading it; start the run again")

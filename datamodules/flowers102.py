@@ -38,9 +38,7 @@ class Flowers102(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training pictures that will be there, before any file is."""
-        if self.limit_per_class:
-            return 102 * self.limit_per_class
-        return round(2_040 * (1 - self.val_share)) if self.train_on_val else 1_020
+        return self.kept_of(2_040) if self.train_on_val else self.kept_of(1_020, own_val=True)
 
     @property
     def class_names(self) -> list[str]:

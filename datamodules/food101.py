@@ -38,7 +38,7 @@ class Food101(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training pictures that will be there, before any file is."""
-        return 101 * self.limit_per_class if self.limit_per_class else round(75_750 * (1 - self.val_share))
+        return self.kept_of(75_750)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]

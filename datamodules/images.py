@@ -114,6 +114,11 @@ class ImageDataModule(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    def kept_of(self, samples: int, *, own_val: bool = False) -> int:
+        """How many of the official training pictures are left to train on; with `own_val` none are held out."""
+        kept = samples if own_val else samples * (1 - (1 / self.fold[1] if self.fold else self.val_share))
+        return round(min(kept, self.num_classes * self.limit_per_class) if self.limit_per_class else kept)
+
     @property
     def class_counts(self) -> list[int]:
         """Training pictures of each class, after `setup`."""

@@ -69,7 +69,7 @@ def look(pictures: Pictures, index: int) -> Looked:
             if ending not in ENDINGS.get(form, (f".{form.lower()}",)):
                 misnamed = f"is {form}, not {ending}"
         picture = pictures.read(index)
-    except (UnidentifiedImageError, ValueError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         sentence = " ".join(str(error).split())
         return Looked(index, sentence, "", "", (0, 0), b"", np.zeros(SIDE * SIDE * 3, np.uint8), nothing, nothing)
     pixels = np.asarray(picture)
@@ -110,14 +110,11 @@ def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], wo
         return [place[0], splits[place[0]].name(place[1])]
 
     exact = groups_of((one.pixels, (split, one.row)) for split, one in readable)
-    thumbnails = np.array([one.thumbnail for _, one in readable], np.uint8).reshape(len(readable), -1)
-    pairs = alike(thumbnails) if len(readable) <= LARGE else []
-    same = {place: number for number, group in enumerate(exact) for place in group}
-    rescaled = []
-    for first, second in pairs:
-        both = [(split, one.row) for split, one in (readable[first], readable[second])]
-        if same.get(both[0], -1) != same.get(both[1], -2):
-            rescaled.append(both)
+    again = {place for group in exact for place in group[1:]}  # of exact copies one is compared
+    single = [(split, one) for split, one in readable if (split, one.row) not in again]
+    thumbnails = np.array([one.thumbnail for _, one in single], np.uint8).reshape(len(single), -1)
+    pairs = alike(thumbnails) if len(single) <= LARGE else []
+    rescaled = [[(single[place][0], single[place][1].row) for place in pair] for pair in pairs]
     train = [one for one in looked["train"] if not one.error]
     mean = np.mean([one.mean for one in train], 0) if train else np.zeros(3)
     square = np.mean([one.square for one in train], 0) if train else np.zeros(3)
@@ -129,7 +126,7 @@ def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], wo
         "misnamed": [[*name((split, one.row)), one.misnamed] for split, one in readable if one.misnamed],
         "exact": [[name(place) for place in group] for group in exact],
         "rescaled": [[name(place) for place in pair] for pair in rescaled],
-        "compared": len(readable) <= LARGE,
+        "compared": len(single) <= LARGE,
         "leaks": leaks([*exact, *rescaled]),
         "conflicts": conflicts([*exact, *rescaled], splits),
         "sizes": quantiles(sides.min(1)) if len(sides) else {},

@@ -39,7 +39,7 @@ class OxfordPets(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training pictures that will be there, before any file is."""
-        return 37 * self.limit_per_class if self.limit_per_class else round(3_680 * (1 - self.val_share))
+        return self.kept_of(3_680)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]

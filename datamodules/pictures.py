@@ -56,7 +56,7 @@ class PictureFiles:
         for index in range(len(self.paths)):
             path = self.name(index)
             status = os.stat(path)
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}"))
         return digest.hexdigest()
 
 

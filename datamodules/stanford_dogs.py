@@ -54,7 +54,7 @@ class StanfordDogs(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training pictures that will be there, before any file is."""
-        return 120 * self.limit_per_class if self.limit_per_class else round(12_000 * (1 - self.val_share))
+        return self.kept_of(12_000)
 
     @property
     def list_folder(self) -> Path:
@@ -76,9 +76,24 @@ class StanfordDogs(ImageDataModule):
         parts = {"Images": "images.tar", "lists": "lists.tar"}
         if self.crop_to_box:
             parts["Annotation"] = "annotation.tar"
+        if not self.lacking(parts):
+            return
+        from filelock import FileLock  # several runs on a fresh machine
+
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / ".lock"):
+            self.unpack_all(self.lacking(parts))
+
+    def lacking(self, parts: dict[str, str]) -> dict[str, str]:
+        """Folders that are not there, with their archives."""
+        there = {folder for folder in parts if (self.root / folder).is_dir()}
+        if self.list_folder == self.root:
+            there.add("lists")
+        return {folder: name for folder, name in parts.items() if folder not in there}
+
+    def unpack_all(self, parts: dict[str, str]) -> None:
+        """Fetch archives that are not there, and unpack each into its folder."""
         for folder, name in parts.items():
-            if (self.root / folder).is_dir() or (folder == "lists" and self.list_folder == self.root):
-                continue
             archive = self.root / name
             size, sha256 = self.expected_archives[name]
             if not archive.is_file():
@@ -114,6 +129,10 @@ class BoxedFiles(PictureFiles):
     def __init__(self, paths: list[str], boxes: list[str], labels: list[int]) -> None:
         super().__init__(paths, labels)
         self.boxes = boxes
+
+    def fingerprint(self) -> str:
+        """Changes with the boxes, too."""
+        return super().fingerprint() + PictureFiles(self.boxes, self.labels).fingerprint()
 
     def read(self, index: int) -> Image.Image:
         """One picture, cut."""

@@ -265,11 +265,16 @@ def text_problem(text: Any) -> str:
         return f"the text is {type(text).__name__}, not a string" if text is not None else "there is no text"
     if not text.strip():
         return "the text is empty"
+    return "" if is_text(text) else "the text is not in the encoding that data.encoding names"
+
+
+def is_text(text: str) -> bool:
+    """Whether all of it could be decoded: what could not is there as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "the text is not in the encoding that data.encoding names"
-    return ""
+        return False
+    return True
 
 
 def read_label(value: Any, problem_type: str, separator: str) -> tuple[Any, str]:
@@ -282,8 +287,13 @@ def read_label(value: Any, problem_type: str, separator: str) -> tuple[Any, str]
         return score, "" if math.isfinite(score) else f"the score is {value!r}"
     if problem_type == "multi_label_classification":
         names = value if isinstance(value, list) else str("" if value is None else value).split(separator)
-        return [str(name).strip() for name in names if str(name).strip()], ""
+        found = [str(name).strip() for name in names if str(name).strip()]
+        if not all(map(is_text, found)):
+            return [], "a label is not in the encoding that data.encoding names"
+        return found, ""
     label = "" if value is None else str(value).strip()
+    if not is_text(label):
+        return "", "the label is not in the encoding that data.encoding names"
     return label, "" if label else "there is no label"
 
 

@@ -43,11 +43,13 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
         found |= against_backbone(cli.model, found)
         cli.datamodule.on_error = "skip"
         found["suspects"] = suspects(cli.model, cli.datamodule, cli.planned_weights)
-    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
     console = Console()
     show_counts(console, found)
     for sentence in sentences(found):
-        console.print(escape(sentence), highlight=False, soft_wrap=True)
+        printable = sentence.encode("utf-8", "backslashreplace").decode()
+        console.print(escape(printable), highlight=False, soft_wrap=True)
     console.print(f"all of it: {file}", highlight=False)
     return int(bool(found["leaks"] or found["unreadable"]))
 
@@ -149,10 +151,13 @@ def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | st
         torch.zeros(len(part.labels), model.backbone.width),
         torch.zeros(len(part.labels), dtype=torch.bool),
     )
-    for batch in tqdm(loader, desc="features", unit=" batches"):
-        ready = data.on_after_batch_transfer(batch, 0)
-        features[ready["index"]] = model.backbone(model.normalise(ready["image"])).float()
-        seen[ready["index"]] = True
+    try:
+        for batch in tqdm(loader, desc="features", unit=" batches"):
+            ready = data.on_after_batch_transfer(batch, 0)
+            features[ready["index"]] = model.backbone(model.normalise(ready["image"])).float()
+            seen[ready["index"]] = True
+    except ValueError as error:  # a whole batch of files that are no pictures
+        return f"labels were not looked at: {' '.join(str(error).split())}"
     names, rows = data.class_names, seen.nonzero().flatten()
     found = label_suspects(features[rows], part.labels[rows])
     return [[part.name(int(rows[i])), names[int(part.labels[rows[i]])], names[named]] for i, named in found]

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"},
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
     "datamodules": SCIENCE
-    | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn", "tqdm"},
+    | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn"}
+    | {"filelock", "tqdm"},
 }
 ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
 FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from datamodules import ImageFolder, file_index
 from datamodules.file_index import MappedPaths, list_files
+from datamodules.pictures import PictureFiles
 from tests.conftest import write_folder
 
 SUFFIXES = (".jpg", ".png")
@@ -83,6 +85,36 @@ def test_a_disk_that_is_full_costs_only_time(tree: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(file_index, "write_note", full)
     assert list_files(tree, SUFFIXES) == ["0.jpg", "a/1.jpg", "a/deep/2.JPG", "b-c/4.jpg", "b/3.png"]
+
+
+def test_names_that_are_no_text(tree: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (tree / "a" / name).touch()
+    for _ in range(2):
+        assert f"a/{name}" in list_files(tree, SUFFIXES)
+    assert PictureFiles([str(tree / "a" / name)], [0]).fingerprint()
+
+
+def test_a_folder_that_changes_meanwhile(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = file_index.write_note
+
+    def and_then_another(*args: Any) -> None:
+        write(*args)
+        (tree / "a" / "later.jpg").touch()
+
+    monkeypatch.setattr(file_index, "write_note", and_then_another)
+    assert len(list_files(tree, SUFFIXES)) == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(file_index, "MANY", 5)
+    assert len(list_files(tree, SUFFIXES)) == 6
+
+
+def test_a_worker_does_not_read_another_note_than_its_run(tree: Path) -> None:
+    found = pickle.dumps(list_files(tree, SUFFIXES))
+    (tree / "a" / "0.jpg").touch()
+    list_files(tree, SUFFIXES)
+    with pytest.raises(RuntimeError, match="was written anew while a run was reading it"):
+        pickle.loads(found)
 
 
 def test_few_files_leave_no_note(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import io
 import tarfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,53 @@ def test_pictures_are_cut_to_the_box_around_all_dogs(server: Any, tmp_path: Path
         data.splits["test"].read(0)
 
 
+def test_boxes_change_the_fingerprint(server: Any, tmp_path: Path) -> None:
+    """Features of whole pictures are not those of cut ones."""
+    found = []
+    for crop in (False, True):
+        data = dogs(server, tmp_path / "dogs", crop_to_box=crop)
+        data.prepare_data()
+        data.setup("fit")
+        found.append(data.fingerprint("train"))
+    assert found[0] != found[1]
+    note = tmp_path / "dogs" / "Annotation" / BREEDS[0] / "n02085620_1"
+    note.write_text(note.read_text() + "\n")
+    assert data.fingerprint("train") not in found
+
+
+def test_two_runs_unpack_at_once(server: Any, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(dogs(server, tmp_path / "dogs").prepare_data) for _ in range(4)]:
+            done.result()
+    data = dogs(server, tmp_path / "dogs")
+    data.setup("fit")
+    assert len(server.asked) == 2, "one of them downloads"
+    assert sorted(path.name for path in (tmp_path / "dogs").iterdir()) == [
+        ".lock", "Images", "images.tar", "lists", "lists.tar",
+    ]  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:  # without the lock
+        archive, folder = tmp_path / "dogs" / "images.tar", tmp_path / "again"
+        for done in [pool.submit(unpack, archive, folder, "Images") for _ in range(4)]:
+            done.result()
+    assert len(list(folder.glob("*/*.jpg"))) == 36
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_page_that_asks_to_log_in_is_not_taken_for_the_rest(server: Any, tmp_path: Path, official: Path) -> None:
+    server.cut, root = 10_000, tmp_path / "dogs"
+    with pytest.raises(ConnectionError):
+        dogs(server, root).prepare_data()
+    content = (official / "images.tar").read_bytes()
+    (official / "images.tar").write_bytes(b"<html>Please log in</html>")
+    server.cut, server.ranges = None, False
+    with pytest.raises(ConnectionError, match=r"the answer has 26 bytes: it is another file, or a page"):
+        dogs(server, root).prepare_data()
+    (official / "images.tar").write_bytes(content)
+    server.ranges = True
+    dogs(server, root).prepare_data()
+    assert "images.tar bytes=10000-" in server.asked, "what had come was kept"
+
+
 def test_an_interrupted_download_goes_on(server: Any, tmp_path: Path, official: Path) -> None:
     size = (official / "images.tar").stat().st_size
     server.cut = 10_000
@@ -146,7 +194,7 @@ def test_what_is_not_the_archive_is_refused(server: Any, tmp_path: Path, officia
     (official / "images.tar").write_bytes(content[:-1] + b"x")
     with pytest.raises(ValueError, match=r"images.tar has not the content that is expected .*what came was removed"):
         dogs(server, tmp_path / "dogs").prepare_data()
-    assert not list((tmp_path / "dogs").iterdir())
+    assert [path.name for path in (tmp_path / "dogs").iterdir()] == [".lock"]
     (tmp_path / "dogs" / "images.tar").write_bytes(b"<html>Service unavailable</html>")
     with pytest.raises(ValueError, match=r"images.tar is not the archive of http.*: remove it, and it is downloaded"):
         dogs(server, tmp_path / "dogs").prepare_data()

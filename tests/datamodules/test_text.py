@@ -16,7 +16,7 @@ from datasets import Features, Value
 from transformers import AutoTokenizer
 
 from datamodules import Docstrings, PackageDocstrings, TextFiles
-from datamodules.docstrings import docstrings_of, read_kinds
+from datamodules.docstrings import below, docstrings_of, read_kinds
 from datamodules.text import cached_table, histogram
 from tests.tiny_encoders import tokenizer, write_csv
 
@@ -188,6 +188,14 @@ def test_docstrings_of_packages_leave_out_what_is_tested_on(words: str) -> None:
     assert not found & {test.text(index) for index in range(len(test))}
     with pytest.raises(ModuleNotFoundError, match=r"data.packages: not_there is not installed"):
         PackageDocstrings(["not_there"], tokenizer=words).read_splits()
+
+
+def test_sources_below_a_folder_called_tests(tmp_path: Path) -> None:
+    root = tmp_path / "tests" / "package"
+    for name in ("a.py", "deep/b.py", "test/c.py", "deep/tests/d.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    assert [path.name for path in below(root)] == ["a.py", "b.py"]
 
 
 def test_a_file_that_is_not_python_has_no_docstrings(own_folder: Path) -> None:

@@ -56,6 +56,7 @@ def csv(folder: Path, *lines: str | bytes, name: str = "a.csv") -> str:
         ("  ,good", "line 3: the text is empty"),
         ("fine,", "line 3: there is no label"),
         (b"caf\xe9,good", "line 3: the text is not in the encoding"),
+        (b"fine,caf\xe9", "line 3: the label is not in the encoding"),
         ('"open,good', "line 3: not CSV"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from datamodules import ImageFolder
 from datamodules.inspection import alike, inspect_texts
 from recipes.__main__ import main
 from recipes.doctor import label_suspects, sentences
@@ -108,6 +111,34 @@ def test_what_was_planted_is_found(digits: Any, capsys: pytest.CaptureFixture[st
     assert "LEAK: " in screen
     assert "classes with fewer than 5 to train on: rare" in screen
     assert "labels are doubtful" in screen
+
+
+def test_files_that_no_other_program_would_open(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class of pointers to files elsewhere, a picture that would fill the memory, a name that is no text."""
+    root, left = digits
+    for path in (root / "train" / "2").iterdir():
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    size = (30_000).to_bytes(4, "big")
+    header = b"IHDR" + size + size + b"\x08\x02\x00\x00\x00"
+    bomb = b"\x89PNG\r\n\x1a\n\x00\x00\x00\r" + header + zlib.crc32(header).to_bytes(4, "big")
+    write(root, "train", 0, "bomb.png", bomb)
+    odd = write(root, "train", 1, os.fsdecode(b"caf\xe9.jpg"), digit(left[0][1]))
+    write(root, "test", 1, "same.jpg", Path(odd).read_bytes())
+    found = visit(*OPTIONS, f"--data.root={root}", "--data.batch_size=4", "--data.eval_batch_size=4", status=1)
+    assert len(found["unreadable"]) == 41
+    assert "labels were not looked at: no picture of a batch" in capsys.readouterr().out
+    assert len(found["exact"]) == 1
+
+
+def test_many_copies_are_one_group(own_folder: Path) -> None:
+    for number in range(30):
+        write(own_folder / "p", "train", number % 2, f"{number}.jpg", digit(load_digits().images[0]))
+    write(own_folder / "p", "train", 0, "small.jpg", digit(load_digits().images[0], side=40))
+    data = ImageFolder(own_folder / "p", image_size=8, val_share=0.1, num_workers=0)
+    data.setup("fit")
+    found = data.inspect()
+    assert [len(group) for group in found["exact"]] == [30]
+    assert len(found["rescaled"]) == 1, "not one for each pair"
 
 
 def test_without_weights_labels_are_not_looked_at(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
