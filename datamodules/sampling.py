@@ -49,10 +49,18 @@ def splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def hash_seed(*counters: int) -> int:
     """Mix any number of counters into a seed in [0, 2**63) for a generator; their order matters."""
-    word = np.zeros(1, np.uint64)
+    word = 0
     for counter in counters:
-        word = splitmix64(word ^ splitmix64(np.array([counter % 2**64], np.uint64)))
-    return int(word[0] >> np.uint64(1))
+        word = splitmix64_of(word ^ splitmix64_of(counter))
+    return word >> 1
+
+
+def splitmix64_of(x: int) -> int:
+    """As `splitmix64`, of one number: in a tenth of the time that numpy takes for one."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
 def counter_uniform(seed: int, epoch: int, index: npt.ArrayLike, draws: int) -> Tensor:

@@ -4,13 +4,27 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.sampling import Draw, EpochSampler, balanced_order, counter_uniform, hash_seed, splitmix64
+from datamodules.sampling import (
+    Draw,
+    EpochSampler,
+    balanced_order,
+    counter_uniform,
+    hash_seed,
+    splitmix64,
+    splitmix64_of,
+)
 
 
 def test_splitmix64_is_the_published_generator() -> None:
     # First outputs of SplitMix64 seeded with 0 and with 1234567, as its authors' reference gives them.
     assert int(splitmix64(np.array([0], np.uint64))[0]) == 0xE220A8397B1DCDAF
     assert int(splitmix64(np.array([1234567], np.uint64))[0]) == 6457827717110365317
+
+
+def test_one_number_is_mixed_as_many_are() -> None:
+    for x in (0, 1, 1234567, 2**63, 2**64 - 1, -1):
+        assert splitmix64_of(x) == int(splitmix64(np.array([x % 2**64], np.uint64))[0])
+    assert hash_seed(3, 5) == 2884822786979095698
 
 
 def test_uniform_numbers_are_a_function_of_the_counters() -> None:
