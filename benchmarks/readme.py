@@ -165,8 +165,8 @@ def more_speed() -> str:
         ("1,000,000 files in 1,000 folders: listed, listed again; a walk that notes paths",
          f"{tree['first_s']:.1f} s, {tree['second_s']:.2f} s; {tree['walk_s']:.1f} s", "data"),
         ("`recipes doctor`, pictures of 32 px", f"{data['doctor_per_s']:,} a second", "data"),
-        (f"... copies in {data['cifar10']['pictures']:,} pictures of CIFAR-10, and between training and test",
-         f"{data['cifar10']['rescaled']}, {data['cifar10']['leaks']['train, test']}; each is one", "data"),
+        (f"... pairs of copies in {data['cifar10']['pictures']:,} pictures of CIFAR-10; of these in training and test",
+         f"{data['cifar10']['rescaled']}; {data['cifar10']['leaks']['train, test']}", "data"),
     ]  # fmt: skip
     lines = ["| what | measured | file in benchmarks/results |", "|---|---|---|"]
     lines += [f"| {what} | {value} | {name}.json |" for what, value, name in rows]
