@@ -131,7 +131,7 @@ def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.M
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     for folder, name in zip(folders, ("ant", "ant-eater", "ant.2"), strict=True):
         folder.rename(root / name)
-    (root / "stray.jpg").write_bytes(next((root / "ant").iterdir()).read_bytes())
+    (root / "ant0.jpg").write_bytes(next((root / "ant").iterdir()).read_bytes())
     found = []
     for _ in range(2):
         data = ImageFolder(root, image_size=32, val_share=0.25, test_share=0.25)

@@ -116,6 +116,21 @@ def test_stratified_split_is_seeded_and_proportional() -> None:
         stratified_split(labels, 1, seed=0)
 
 
+@pytest.mark.parametrize("size", [32, 100])  # from memory, and decoded
+def test_a_balanced_epoch_shows_rare_classes_as_often_and_never_twice_alike(tmp_path: Path, size: int) -> None:
+    root = write_folder(tmp_path / "p", splits=("train", "val", "test"), classes=2, each=12)
+    for file in sorted((root / "train" / "class_1").iterdir())[2:]:
+        file.unlink()
+    data = ImageFolder(root, image_size=size, batch_size=7, num_workers=0, balance=True)
+    data.setup("fit")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+    labels = torch.cat([batch["label"] for batch in batches])
+    assert len(labels) == 14
+    assert labels.bincount().tolist() == [7, 7]
+    images = torch.cat([batch["image"] for batch in batches])[labels == 1].flatten(1)
+    assert len(images.unique(dim=0)) == 7, "two pictures, each time augmented anew"
+
+
 def test_folds_hold_every_sample_once_and_every_class_alike() -> None:
     labels = torch.tensor([0] * 40 + [1] * 13 + [2] * 2)
     folds = [hold_out(labels, 0.1, (number, 5), seed=0) for number in range(5)]
