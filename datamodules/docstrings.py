@@ -48,8 +48,8 @@ class Docstrings(TextDataModule):
     not at all if it does so in two kinds. Python's version decides what there is; modules that distributions leave
     out, such as tkinter, are not used.
     Splits: 20 % for the test, the same whatever the seed; `val_share` of the rest for validation. Docstrings of one
-    file share their words, so each file is in one split as a whole: with docstrings drawn one by one, a count of
-    words finds five of six, and here two of three.
+    file share their words, so each file is in one split as a whole: drawn one by one, most would be found by their
+    neighbours' words.
     Licence: Python's own (PSF-2.0). Source: the interpreter that runs this.
 
     Args:
@@ -123,7 +123,7 @@ class PackageDocstrings(TextDataModule):
 def below(root: str | Path) -> list[Path]:
     """Sources below a folder, without tests and without what is installed there."""
     skipped = {"test", "tests", "site-packages"}
-    return sorted(path for path in Path(root).rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    return [path for path in Path(root).rglob("*.py") if not skipped & set(path.relative_to(root).parts)]
 
 
 def cached_texts(read: Callable[[], Iterator[dict[str, str]]], columns: Sequence[str], *facts: Any) -> Any:

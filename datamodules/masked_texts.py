@@ -146,6 +146,12 @@ class MaskedTexts(TextDataModule):
         """Say how long the pieces are."""
         super().describe(split, Texts(texts.table, texts.labels, skipped=texts.skipped), tokens)
 
+    def inspect(self) -> dict[str, Any]:
+        """The texts', in tokens of this tokenizer, before they are cut into pieces."""
+        self.texts.tokenizer = self.tokenizer
+        self.texts.setup("fit")
+        return self.texts.inspect()
+
     def _dataset(self, split: str) -> MaskedBatches:
         texts, tokenizer = self.splits[split], self.tokenizer
         return MaskedBatches(

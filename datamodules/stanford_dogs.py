@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class StanfordDogs(ImageDataModule):
     def unpack_all(self, parts: dict[str, str]) -> None:
         """Fetch archives that are not there, and unpack each into its folder."""
         for folder, name in parts.items():
+            for cut_off in self.root.glob(f"{folder}.*.part"):  # what a run that was killed left
+                shutil.rmtree(cut_off, ignore_errors=True)  # but not a download: that is a file
             archive = self.root / name
             size, sha256 = self.expected_archives[name]
             if not archive.is_file():

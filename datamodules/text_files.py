@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .archives import digest
 from .sampling import IGNORED
 from .text import MANY, TextDataModule, Texts, cached_table, label_numbers, progress_bars
 
@@ -171,9 +171,7 @@ class TextFiles(TextDataModule):
             "quoted": self.quoted,
             "encoding": self.encoding,
         }
-        digest = hashlib.sha256(repr((READER, options)).encode())
-        for file in files:
-            digest.update(content(file))
+        key = self.digest(READER, options, [digest(file) for file in files])
         label = {
             "multi_label_classification": datasets.List(datasets.Value("string")),
             "regression": datasets.Value("float64"),
@@ -186,9 +184,7 @@ class TextFiles(TextDataModule):
             "problem": datasets.Value("string"),
         }
         with progress_bars(sum(file.stat().st_size for file in files) > 200 * MANY):
-            return cached_table(
-                digest.hexdigest()[:32], datasets.Features(features), functools.partial(read_files, files, **options)
-            )
+            return cached_table(key, datasets.Features(features), functools.partial(read_files, files, **options))
 
 
 def expand(pattern: str | Sequence[str]) -> list[Path]:
@@ -211,15 +207,6 @@ def expand(pattern: str | Sequence[str]) -> list[Path]:
         if path.suffix not in FORMATS:
             raise ValueError(f"{path}: the ending says what a file is; expected one of {', '.join(FORMATS)}")
     return found
-
-
-def content(file: Path) -> bytes:
-    """A hash of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
 
 
 def read_files(

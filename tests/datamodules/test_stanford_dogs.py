@@ -151,6 +151,14 @@ def test_two_runs_unpack_at_once(server: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_what_a_killed_run_left_is_removed_but_not_its_download(server: Any, tmp_path: Path, official: Path) -> None:
+    (tmp_path / "dogs" / "Images.abc.part" / "Images").mkdir(parents=True)
+    (tmp_path / "dogs" / "lists.tar.part").write_bytes((official / "lists.tar").read_bytes()[:1000])
+    dogs(server, tmp_path / "dogs").prepare_data()
+    assert "lists.tar bytes=1000-" in server.asked
+    assert not list((tmp_path / "dogs").glob("*.part"))
+
+
 def test_a_page_that_asks_to_log_in_is_not_taken_for_the_rest(server: Any, tmp_path: Path, official: Path) -> None:
     server.cut, root = 10_000, tmp_path / "dogs"
     with pytest.raises(ConnectionError):

@@ -168,6 +168,17 @@ def test_texts(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "train · a fine film = train · A fine film = val · a Fine film" in screen
 
 
+def test_texts_to_pretrain_on(own_folder: Path) -> None:
+    """Longer ones are cut into pieces; looked at are the texts."""
+    lines = ["text", *(f"sentence number {number} of many, " * 9 for number in range(30)), "twice", "Twice"]
+    Path("train.csv").write_text("\n".join(f'"{line}"' for line in lines) + "\n")
+    options = [f"--model.encoder={tiny_encoder(own_folder / 'bert', 'bert')}", "--data.max_length=16"]
+    found = visit(*options, "--data.texts.train_file=train.csv", config="mlm/csv_bert", status=0)
+    assert sum(part["samples"] for part in found["splits"].values()) == 32
+    assert len(found["exact"]) == 1
+    assert found["lengths"]["train"]["max"] > 16
+
+
 def test_flat_pictures_are_not_copies_of_each_other() -> None:
     rng = np.random.default_rng(0)
     flat = np.linspace(120, 126, 768).astype(np.uint8)[None] + rng.integers(0, 2, (20, 1), dtype=np.uint8)
