@@ -154,11 +154,9 @@ class Decoding(Dataset[Batch]):
     def sample(self, draw: Draw) -> tuple[Tensor, int, int]:
         """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
         picture = self.pictures.read(draw.row)
-        generator = torch.default_generator
+        generator = torch.default_generator  # torch.manual_seed would look for GPUs, each time
         before = generator.get_state()
-        generator.manual_seed(
-            hash_seed(self.seed, draw.epoch, draw.counter)
-        )  # torch.manual_seed asks for GPUs, each time
+        generator.manual_seed(hash_seed(self.seed, draw.epoch, draw.counter))
         try:
             image = self.transform(picture)
         finally:

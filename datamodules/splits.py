@@ -130,5 +130,5 @@ def check_rows(state: Mapping[str, Any], rows_of_splits: Mapping[str, Sequence[i
         if saved is None or saved.tolist() != list(rows):
             raise ValueError(
                 f"the {name} split is not the checkpoint's ({state['counts'].get(name)} samples then, {len(rows)} "
-                "now): same data, data.seed, data.val_share and data.limit_per_class are needed to resume"
+                "now): same data, data.seed, data.val_share, data.fold and data.limit_per_class are needed to resume"
             )

@@ -97,9 +97,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
     if isinstance(doubtful, str):
         out.append(doubtful)
     elif doubtful:
-        out.append(
-            f"{len(doubtful):,} labels are doubtful: in the backbone's features, neighbours are of another class:"
-        )
+        out.append(f"{len(doubtful):,} labels are doubtful: neighbours, in features, are of another class:")
         out += [f"    {name} is {own}, its neighbours are {theirs}" for name, own, theirs in doubtful[:SHOWN]]
     if not found.get("compared", True):
         out.append("too many pictures to compare all pairs: only exact copies were looked for")
@@ -147,10 +145,8 @@ def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | st
         return f"labels were not looked at, for lack of the backbone's weights ({' '.join(str(error).split())})"
     model.eval()
     loader, part = data.view_dataloader("train", None), data.splits["train"]
-    features, seen = (
-        torch.zeros(len(part.labels), model.backbone.width),
-        torch.zeros(len(part.labels), dtype=torch.bool),
-    )
+    features = torch.zeros(len(part.labels), model.backbone.width)
+    seen = torch.zeros(len(part.labels), dtype=torch.bool)
     try:
         for batch in tqdm(loader, desc="features", unit=" batches"):
             ready = data.on_after_batch_transfer(batch, 0)
