@@ -10,6 +10,7 @@ from .huggingface import HuggingFaceImages
 from .huggingface_text import HuggingFaceTexts
 from .masked_texts import MaskedTexts
 from .oxford_pets import OxfordPets
+from .parquet import ParquetImages
 from .stanford_dogs import StanfordDogs
 from .text_files import TextFiles
 
@@ -25,6 +26,7 @@ __all__ = [
     "MaskedTexts",
     "OxfordPets",
     "PackageDocstrings",
+    "ParquetImages",
     "StanfordDogs",
     "TextFiles",
 ]

@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
 from .inspection import inspect_pictures
-from .pictures import PictureArray, Pictures, Subset, check_labels
-from .sampling import EpochSampler
+from .pictures import PictureArray, Pictures, Subset, check_labels, flattened
+from .sampling import BlockSampler, EpochSampler
 from .splits import check_classes, check_rows, hold_out, limit_per_class
 
 log = logging.getLogger(__name__)
@@ -173,10 +173,9 @@ class ImageDataModule(LightningDataModule):
         """Changes with the pictures and labels of a split, as far as file sizes and times tell."""
         pictures = self.splits[split]
         digest = hashlib.sha256(pictures.labels.numpy().tobytes())
-        while isinstance(pictures, Subset):
-            digest.update(pictures.rows.numpy().tobytes())
-            pictures = pictures.pictures
-        digest.update(pictures.fingerprint().encode())
+        source, rows = flattened(pictures)
+        digest.update(rows.numpy().tobytes())
+        digest.update(source.fingerprint().encode())
         return digest.hexdigest()
 
     def view_dataloader(self, split: str, view: int | None) -> DataLoader[Batch]:
@@ -203,11 +202,7 @@ class ImageDataModule(LightningDataModule):
         if world is None:
             world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         dataset = self._dataset(split, train=train)
-        labels = self.splits[split].labels
-        balance = labels if shuffle and self.balance else None
-        sampler = EpochSampler(
-            len(labels), shuffle=shuffle, seed=self.seed, num_replicas=world, rank=rank, balance=balance
-        )
+        sampler = self._sampler(split, dataset, shuffle, world, rank)
         workers = 0
         if isinstance(dataset, Decoding):
             local_ranks = trainer.num_devices if trainer else 1
@@ -221,6 +216,15 @@ class ImageDataModule(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,  # type: ignore[arg-type]
+        )
+
+    def _sampler(
+        self, split: str, dataset: Dataset[Batch], shuffle: bool, world: int, rank: int
+    ) -> EpochSampler | BlockSampler:
+        labels = self.splits[split].labels
+        balance = labels if shuffle and self.balance else None
+        return EpochSampler(
+            len(labels), shuffle=shuffle, seed=self.seed, num_replicas=world, rank=rank, balance=balance
         )
 
     def _dataset(self, split: str, *, train: bool) -> Dataset[Batch]:
@@ -298,15 +302,9 @@ def rows_of(splits: dict[str, Pictures]) -> dict[str, list[int]]:
     """Which rows of the original training set are in `train` and `val`, where they were cut from it."""
     found = {}
     for name in ("train", "val"):
-        pictures, chain = splits[name], []
-        while isinstance(pictures, Subset):
-            chain.append(pictures.rows)
-            pictures = pictures.pictures
-        if chain:
-            index = chain.pop()
-            while chain:
-                index = index[chain.pop()]
-            found[name] = index.tolist()
+        source, rows = flattened(splits[name])
+        if source is not splits[name]:
+            found[name] = rows.tolist()
     return found
 
 

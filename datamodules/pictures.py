@@ -111,6 +111,18 @@ class Subset:
         return self.pictures.fingerprint()
 
 
+def flattened(pictures: Pictures) -> tuple[Pictures, Tensor]:
+    """The collection that subsets were cut from, and their rows in it, int64 `(n,)`."""
+    chain = []
+    while isinstance(pictures, Subset):
+        chain.append(pictures.rows)
+        pictures = pictures.pictures
+    rows = chain.pop() if chain else torch.arange(len(pictures.labels))
+    while chain:
+        rows = rows[chain.pop()]
+    return pictures, rows
+
+
 def decode(file: Any, name: str) -> Image.Image:
     """Read a picture upright and in RGB, whatever its mode and its EXIF orientation.
 

@@ -150,6 +150,67 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     return torch.cat(rows)[order], torch.cat(repeats)[order]
 
 
+class BlockSampler(DistributedSampler[Draw]):
+    """Deals out samples that lie in blocks, such as the row groups of files, so that a block is read once.
+
+    Each rank gets a stretch of blocks, as many samples as any other. While training (`shuffle=True`) the blocks are
+    permuted, differently in each epoch, and a rank's stretch is cut into `LANES` lanes; a lane gives whole batches, its
+    samples permuted within windows of neighbours. Batch b comes of lane b modulo `LANES`, and a loader has it made by
+    worker b modulo their number: with 1, 2, 4 or 8 workers each lane is one worker's own, and the order is the same
+    with any number of them. In evaluation samples come in their order; those that fill up the last rank are marked.
+
+    Args:
+        blocks: Number of the block that each sample lies in, `(n,)`, ascending.
+        batch_size: Samples of a batch.
+        window: Samples of a rank among which the order is random, over all lanes.
+        shuffle: Whether to train.
+        seed: Seed of the order.
+        num_replicas: Number of ranks.
+        rank: This rank.
+    """
+
+    LANES = 8
+
+    def __init__(
+        self,
+        blocks: npt.ArrayLike,
+        *,
+        batch_size: int,
+        window: int,
+        shuffle: bool,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.blocks, self.batch_size = np.asarray(blocks), batch_size
+        self.window = max(window // self.LANES, batch_size)
+        super().__init__(range(len(self.blocks)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Draw]:
+        size = len(self.blocks)
+        places = np.arange(self.rank * self.num_samples, (self.rank + 1) * self.num_samples)
+        if not self.shuffle:
+            yield from (Draw(self.epoch, min(place, size - 1), place >= size) for place in places.tolist())
+            return
+        ranking = np.random.default_rng(hash_seed(self.seed, self.epoch)).permutation(self.blocks[-1] + 1)
+        mine = np.argsort(ranking[self.blocks], kind="stable")[places % size]
+        generator = np.random.default_rng(hash_seed(self.seed, self.epoch, self.rank))
+        batches = len(mine) // self.batch_size
+        ends = np.cumsum([len(range(lane, batches, self.LANES)) for lane in range(self.LANES)]) * self.batch_size
+        *lanes, rest = (self._mixed(lane, generator) for lane in np.split(mine, ends))
+        for number in range(batches):
+            start = number // self.LANES * self.batch_size
+            for row in lanes[number % self.LANES][start : start + self.batch_size]:
+                yield Draw(self.epoch, row)
+        yield from (Draw(self.epoch, row) for row in rest)
+
+    def _mixed(self, rows: npt.NDArray[Any], generator: np.random.Generator) -> list[int]:
+        for start in range(0, len(rows), self.window):
+            generator.shuffle(rows[start : start + self.window])
+        found: list[int] = rows.tolist()
+        return found
+
+
 class LengthSampler(DistributedSampler[list[Draw]]):
     """Deals out whole batches of samples of like length, so that padding costs next to nothing.
 

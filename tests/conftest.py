@@ -92,8 +92,10 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_cifar10(tmp_path / "cifar10")
 
 
-def write_parquet(path: Path, rows: int, classes: int = 3, size: int = 32, seed: int = 0) -> Path:
-    """Encoded pictures and class labels in Parquet, in the Hugging Face image layout."""
+def write_parquet(
+    path: Path, rows: int, classes: int = 3, size: int = 32, seed: int = 0, group: int | None = None
+) -> Path:
+    """Encoded pictures and class labels in Parquet, in the Hugging Face image layout, `group` to a row group."""
     import io
 
     import datasets
@@ -109,5 +111,5 @@ def write_parquet(path: Path, rows: int, classes: int = 3, size: int = 32, seed:
     table = datasets.Dataset.from_dict(
         {"image": cells, "label": [row % classes for row in range(rows)]}, features=features
     )
-    table.to_parquet(str(path))
+    table.to_parquet(str(path), batch_size=group)
     return path

@@ -62,6 +62,10 @@ def data_options(name: str, folder: Path, patch: pytest.MonkeyPatch) -> list[str
             for n, s in enumerate(("train", "validation"))
         }
         return ["--data.path=parquet", f"--data.data_files={files}"]
+    if data == "datamodules.ParquetImages":
+        for number in range(2):
+            write_parquet(folder / f"train-{number}.parquet", 18, size=64, seed=number, group=6)
+        return [f"--data.train_files={folder / 'train-*.parquet'}"]
     if data == "datamodules.TextFiles":
         return [f"--data.train_file={write_csv(folder / 'texts.csv', 40)}"]
     if data == "datamodules.HuggingFaceTexts":

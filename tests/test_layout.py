@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
     "datamodules": SCIENCE
     | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn"}
-    | {"filelock", "tqdm"},
+    | {"filelock", "fsspec", "tqdm"},
 }
 ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
 FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))
