@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 MANY = 50_000  # below, listing them again is as fast as reading what was noted
@@ -27,7 +29,7 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
     """
     root = os.path.abspath(root)  # noqa: PTH100  # symbolic links stay
     key = hashlib.sha256(json.dumps([root, sorted(suffixes)]).encode()).hexdigest()[:32]
-    note = Path(torch.hub.get_dir()).parent / "folders" / f"{key}.arrow"
+    note = Path(torch.hub.get_dir()).parent / "folders" / f"{key}.paths"
     with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that is broken: it is made again
         return MappedPaths(note, root)
     folders: dict[str, int] = {}
@@ -48,7 +50,7 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
                     paths.append(f"{folder}{name}")
     paths.sort()
     if len(paths) >= MANY:
-        # a disk that is full or not ours to write on, names that are no text, a folder that is being filled: no note
+        # a disk that is full or not ours to write on, a folder that is being filled: no note
         with contextlib.suppress(OSError, ValueError):
             write_note(note, paths, folders)
             return MappedPaths(note, root)
@@ -56,17 +58,15 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
 
 
 def write_note(note: Path, paths: list[str], folders: dict[str, int]) -> None:
-    """Write paths and the times of change of folders; another process sees all of it or nothing."""
-    import pyarrow
-
+    """Write a line of facts, then the paths, each ended by a zero byte; another process sees all of it or nothing."""
     note.parent.mkdir(parents=True, exist_ok=True)
     beside = note.with_name(f"{note.name}.{os.getpid()}")
-    table = pyarrow.table({"path": pyarrow.array(paths, pyarrow.large_string())})
-    content = hashlib.sha256("\0".join(paths).encode()).hexdigest()
-    table = table.replace_schema_metadata({"folders": json.dumps(folders), "content": content})
+    content = os.fsencode("\0".join([*paths, ""]))
+    facts = json.dumps({"bytes": len(content), "folders": folders})
     try:
-        with pyarrow.OSFile(str(beside), "wb") as out, pyarrow.ipc.new_file(out, table.schema) as writer:
-            writer.write_table(table)
+        with beside.open("wb") as out:
+            out.write(f"{facts}\n".encode())
+            out.write(content)
         beside.replace(note)
     finally:
         beside.unlink(missing_ok=True)
@@ -85,31 +85,37 @@ class MappedPaths(Sequence[str]):
 
     def __init__(self, note: Path, root: str) -> None:
         self.note = note
-        self._open()
-        folders = json.loads(self.schema.metadata[b"folders"])
-        for folder, changed in folders.items():
+        facts = self._open()
+        for folder, changed in facts["folders"].items():
             if os.stat(f"{root}/{folder}").st_mtime_ns != changed:
                 raise ValueError(f"{root}/{folder} has changed")
 
-    def _open(self) -> None:
-        import pyarrow
-
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.note))).read_all()
-        self.schema, self.column = table.schema, table["path"].combine_chunks()
-        self.content = self.schema.metadata[b"content"]
+    def _open(self) -> Any:
+        with self.note.open("rb") as file:
+            line = file.readline()
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        facts = json.loads(line)
+        if len(self.bytes) != len(line) + facts["bytes"]:
+            raise ValueError(f"{self.note} is not whole")
+        ends = np.flatnonzero(np.frombuffer(self.bytes, np.uint8, offset=len(line)) == 0) + len(line)
+        self.cuts = np.concatenate([[len(line) - 1], ends])  # a path begins after the end of the one before
+        self.digest = hashlib.sha256(line).hexdigest()  # folders and when they changed: what was listed
+        return facts
 
     def __len__(self) -> int:
-        return len(self.column)
+        return len(self.cuts) - 1
 
     def __getitem__(self, index: Any) -> Any:
-        found = self.column[index]
-        return found.to_pylist() if isinstance(index, slice) else found.as_py()
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return os.fsdecode(self.bytes[self.cuts[place] + 1 : self.cuts[place + 1]])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"note": self.note, "content": self.content}
+        return {"note": self.note, "digest": self.digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.note = state["note"]
         self._open()
-        if self.content != state["content"]:  # rows would be other files than the labels are of
+        if self.digest != state["digest"]:  # rows would be other files than the labels are of
             raise RuntimeError(f"{self.note} was written anew while a run was reading it; start the run again")
