@@ -1,4 +1,4 @@
-"""Lightning callbacks for fine-tuning; each file stands alone."""
+"""Lightning callbacks for fine-tuning; each file stands alone, but for report.py, which is read in five pieces."""
 
 from .averaging import EMA, Interpolation
 from .clipping import AGC, AutoClip
@@ -7,6 +7,7 @@ from .ewc import EWC
 from .guards import PhaseAwareEarlyStopping, StopOnNonFinite
 from .penalties import L1, L2, L2SP
 from .predictions import PredictionWriter
+from .report import Report
 from .resume import AtomicCheckpointIO, ExactResume
 from .unfreezing import Freeze, GradualUnfreezing, layerwise_param_groups
 from .warmup import LRWarmup
@@ -29,6 +30,7 @@ __all__ = [
     "PhaseAwareEarlyStopping",
     "PredictionWriter",
     "RateBounds",
+    "Report",
     "StopOnNonFinite",
     "layerwise_param_groups",
 ]

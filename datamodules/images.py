@@ -20,8 +20,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
 from .inspection import inspect_pictures
 from .pictures import PictureArray, Pictures, Subset, check_labels, flattened
-from .sampling import BlockSampler, EpochSampler
+from .sampling import BlockSampler, Draw, EpochSampler
 from .splits import check_classes, check_rows, hold_out, limit_per_class
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,11 @@ class ImageDataModule(LightningDataModule):
         """The training pictures as they are, for a callback that takes stock of the finished fit."""
         return self.view_dataloader("train", None)
 
+    def batch(self, split: str, rows: Sequence[int]) -> Batch:
+        """Some pictures of a split as in evaluation."""
+        dataset: Any = self._dataset(split, train=False)
+        return cast(Batch, dataset.__getitems__([Draw(0, row) for row in rows]))
+
     def inspect(self) -> dict[str, Any]:
         """What `recipes doctor` says: see `inspection.inspect_pictures`; to be called after `setup`."""
         splits = {name: part for name, part in self.splits.items() if name != "predict"}
@@ -201,7 +206,10 @@ class ImageDataModule(LightningDataModule):
         trainer = self.trainer
         if world is None:
             world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        dataset = self._dataset(split, train=train)
+        features = self.features.get(split)
+        dataset: Dataset[Batch] = (
+            self._dataset(split, train=train) if features is None else Precomputed(features, self.splits[split].labels)
+        )
         sampler = self._sampler(split, dataset, shuffle, world, rank)
         workers = 0
         if isinstance(dataset, Decoding):
@@ -229,8 +237,6 @@ class ImageDataModule(LightningDataModule):
 
     def _dataset(self, split: str, *, train: bool) -> Dataset[Batch]:
         pictures = self.splits[split]
-        if split in self.features:
-            return Precomputed(self.features[split], pictures.labels)
         size = self.image_size or 224
         needed = len(pictures.labels) * size * size * 3
         small = size <= MEMORY_LIMIT_PIXELS and needed <= MEMORY_LIMIT_BYTES

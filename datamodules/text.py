@@ -278,6 +278,20 @@ class TextDataModule(LightningDataModule):
         """The training texts one by one, for a callback that takes stock of the finished fit."""
         return self._in_order("train", world=1, rank=0)
 
+    def batch(self, split: str, rows: Sequence[int]) -> Batch:
+        """Some texts of a split."""
+        return self._dataset(split).__getitems__([Draw(0, row) for row in rows])
+
+    def pieces(self, batch: Batch) -> list[list[str]]:
+        """The tokens of a batch as words and parts of words; empty for those that stand for no text."""
+        out, special = [], set(self.tokenizer.all_special_tokens)
+        for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+            tokens = self.tokenizer.convert_ids_to_tokens(
+                [one for one, is_real in zip(ids, mask, strict=True) if is_real]
+            )
+            out.append(["" if token in special else as_written(token) for token in tokens])
+        return out
+
     def inspect(self) -> dict[str, Any]:
         """What `recipes doctor` says: see `inspection.inspect_texts`; to be called after `setup`."""
         splits = {name: part for name, part in self.splits.items() if name != "predict"}
@@ -499,6 +513,13 @@ def progress_bars(wanted: bool) -> Iterator[None]:
 def as_it_is(batch: Batch) -> Batch:
     """Collate nothing: the data set here returns whole batches."""
     return batch
+
+
+def as_written(token: str) -> str:
+    """A token of WordPiece, SentencePiece or byte-level BPE as it stands in a text."""
+    for mark in ("\u0120", "\u2581"):  # what byte-level BPE and SentencePiece put where a word begins
+        token = token.replace(mark, " ")
+    return token.removeprefix("##") if token.startswith("##") else token if token[:1] == " " else f" {token}"
 
 
 def histogram(lengths: npt.ArrayLike) -> str:

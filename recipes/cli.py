@@ -43,7 +43,7 @@ from .mistakes import explain, sentence_of, unwrapped
 from .parts import schedules
 from .parts.optim import MuonWithAdamW
 from .runs import SaveRunConfig, keep_metrics, load_checkpoint, run_of_checkpoint, with_config_of_checkpoint
-from .summary import print_summary
+from .summary import print_summary, report_facts
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +249,9 @@ class RecipeCLI(LightningCLI):
             own += [callbacks.ExactResume(), callbacks.StopOnNonFinite()]
         if self.subcommand == "fit" and has_logger:
             own.append(LearningRateMonitor("step"))
+        if self.subcommand != "predict" and not config.fast_dev_run:
+            self.report = callbacks.Report(self.folder)
+            own.append(self.report)
         if self.subcommand == "predict":
             own.append(callbacks.PredictionWriter(self.folder / "predictions.csv"))
         if config.enable_progress_bar is not False:
@@ -258,6 +261,8 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         self.building = False
         if not self.plan:
+            if hasattr(self, "report"):
+                self.report.facts = report_facts(self)
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:

@@ -43,6 +43,7 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
         found |= against_backbone(cli.model, found)
         cli.datamodule.on_error = "skip"
         found["suspects"] = suspects(cli.model, cli.datamodule, cli.planned_weights)
+    found["data"] = data_config(cli)
     text = json.dumps(found, indent=1, ensure_ascii=False)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
     console = Console()
@@ -52,6 +53,11 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
         console.print(escape(printable), highlight=False, soft_wrap=True)
     console.print(f"all of it: {file}", highlight=False)
     return int(bool(found["leaks"] or found["unreadable"]))
+
+
+def data_config(cli: Any) -> Any:
+    """What the command line says of the data, as plain values."""
+    return json.loads(json.dumps(cli.config[cli.subcommand].data.as_dict(), default=str))
 
 
 def show_counts(console: Console, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+
+from .doctor import data_config, sentences
 
 if TYPE_CHECKING:
     from .cli import RecipeCLI
@@ -59,6 +62,32 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
     return rows
 
 
+def report_facts(cli: RecipeCLI) -> dict[str, Any]:
+    """What the report says beside what its callback sees: names, commands, the config, the doctor's findings."""
+    run, at = f"python -m recipes.{cli.recipe}", short(str(cli.folder))
+    commands = {}
+    if cli.subcommand == "fit":
+        commands["the same run again"] = f"{run} fit --config {at}/config.yaml"
+        commands["go on after an interruption"] = f"{run} fit --ckpt_path {at}/checkpoints/last.ckpt"
+        commands["predict"] = f"{run} predict --ckpt_path {at}/checkpoints/best.ckpt"
+    facts: dict[str, Any] = {
+        "title": f"{model_name(cli.model)} on {type(cli.datamodule).__name__}",
+        "recipe": cli.recipe,
+        "model": describe_model(cli.model, cli.trainer.callbacks),  # type: ignore[attr-defined]
+    }
+    found = doctors_word(cli)
+    return facts | ({"commands": commands} if commands else {}) | ({"doctor": found} if found else {})
+
+
+def doctors_word(cli: RecipeCLI, file: Path = Path("doctor.json")) -> list[str]:
+    """What `recipes doctor` said of the same data, where its file lies here."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return sentences(found) if found.get("data") == data_config(cli) else []
+
+
 def short(path: str) -> str:
     """A path as one would type it here."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
@@ -78,8 +107,13 @@ def describe_model(model: Any, callbacks: Sequence[Any] = ()) -> str:
     total = sum(p.numel() for p in model.parameters())
     frozen = sum(getattr(callback, "frozen_parameters", 0) for callback in callbacks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - frozen
+    return f"{model_name(model)}, {total / 1e6:.2f} M parameters, {trained / total:.1%} of them trained"
+
+
+def model_name(model: Any) -> str:
+    """Of its backbone or encoder; of a folder the last part."""
     name = model.hparams.get("backbone") or model.hparams.get("encoder") or type(model).__name__
-    return f"{name}, {total / 1e6:.2f} M parameters, {trained / total:.1%} of them trained"
+    return Path(str(name)).name if Path(str(name)).is_absolute() else str(name)
 
 
 def describe_metrics(figures: Mapping[str, float]) -> str:

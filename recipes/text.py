@@ -33,6 +33,7 @@ from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled
 from .parts.metrics import metrics_of, per_class_counts
+from .parts.saliency import token_saliency
 from .parts.schedules import Linear
 from .runs import load_checkpoint, with_weights_of
 
@@ -150,6 +151,17 @@ class TextClassifier(Classifier):
         """Logits of a batch."""
         return self(**{name: batch[name] for name in INPUTS if name in batch})  # type: ignore[no-any-return]
 
+    def embed(self, batch: Batch) -> Tensor:
+        """The mean of the encoder's last vectors over each text's tokens, `(batch, width)`."""
+        encoder = self.net.base_model if self.pooling == "model" else self.net
+        out = encoder(**{name: batch[name] for name in INPUTS if name in batch})
+        return pool(out.last_hidden_state, batch["attention_mask"], "mean")
+
+    def saliency(self, batch: Batch, classes: Tensor) -> Tensor:
+        """How much each token speaks for or against a class, `(batch, length)` in [0, 1]."""
+        embeddings = self.net.get_input_embeddings()
+        return token_saliency(embeddings, lambda: self.logits(batch).float(), batch["attention_mask"], classes)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.logits(batch)
         weight = {} if self.class_weights is None else {"weight": self.class_weights}
@@ -157,13 +169,16 @@ class TextClassifier(Classifier):
         self.note(loss, self.hits(logits.detach(), batch["label"]), len(logits))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Logits, labels and indices, for whoever looks on."""
+        return {"logits": self._evaluate(batch, "val"), "label": batch["label"], "index": batch["index"]}
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As validation."""
         logits = self._evaluate(batch, "test")
         if self.per_class is not None:
             self.per_class.update(logits, batch["label"])
+        return {"logits": logits, "label": batch["label"], "index": batch["index"]}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Index, label and probabilities of each text, or its score."""

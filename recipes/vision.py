@@ -36,6 +36,7 @@ from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, WeightKind, classification_loss
 from .parts.metrics import classification_metrics, per_class_counts
+from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .parts.weights import load_weights
 
@@ -164,6 +165,14 @@ class VisionClassifier(Classifier):
         views = logits.float(), self(batch["image"].flip(3)).float()
         return torch.logaddexp(*(view.log_softmax(1) for view in views)) - math.log(2)
 
+    def embed(self, batch: Batch) -> Tensor:
+        """The backbone's features, `(batch, width)`."""
+        return self.backbone(self.normalise(batch["image"]))  # type: ignore[no-any-return]
+
+    def saliency(self, batch: Batch, classes: Tensor) -> Tensor:
+        """Where in each picture a class is seen, `(batch, height, width)` in [0, 1]."""
+        return grad_cam(self.backbone, self.head, self.normalise(batch["image"]), classes)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         target = batch["target"] if "target" in batch else batch["label"]
         if len(self.aux_heads) and "features" not in batch:
@@ -179,11 +188,15 @@ class VisionClassifier(Classifier):
         self.note(loss, hits, len(logits))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Logits, labels and indices, for whoever looks on."""
+        return {"logits": self._evaluate(batch, "val"), "label": batch["label"], "index": batch["index"]}
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.per_class.update(self._evaluate(batch, "test"), batch["label"])
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As validation."""
+        logits = self._evaluate(batch, "test")
+        self.per_class.update(logits, batch["label"])
+        return {"logits": logits, "label": batch["label"], "index": batch["index"]}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Index, most probable class and its probability of each picture, each `(batch,)`."""

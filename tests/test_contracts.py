@@ -45,9 +45,16 @@ CASES: dict[str, dict[str, Any]] = {
     "PhaseAwareEarlyStopping": {"monitor": "val/loss", "patience": 50},
     "PredictionWriter": {},
     "RateBounds": {"maximum": 1e-4},
+    "Report": {"folder": "page"},
     "StopOnNonFinite": {},
 }
-WATCH = {"ExactResume", "PhaseAwareEarlyStopping", "PredictionWriter", "StopOnNonFinite"}  # these leave weights alone
+WATCH = {
+    "ExactResume",
+    "PhaseAwareEarlyStopping",
+    "PredictionWriter",
+    "Report",
+    "StopOnNonFinite",
+}  # these leave weights alone
 FOUND: dict[str, type[Callback]] = {
     kind.__name__: kind
     for info in pkgutil.iter_modules(package.__path__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from callbacks.outputs import load_predictions
 from recipes.vision import VisionClassifier, VisionCLI, main
 
 from ..conftest import write_folder
@@ -185,6 +187,14 @@ def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
     metrics = alone.trainer.callback_metrics
     assert float(rows[-1]["val/accuracy"]) == pytest.approx(float(metrics["val/accuracy"]), abs=1e-6)
     assert float(rows[-1]["val/loss"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-6)
+    best = folder / "checkpoints" / "best.ckpt"
+    alone = main(["validate", "--ckpt_path", str(best), "--trainer.strategy=auto", "--trainer.devices=1"])
+    both, one = (load_predictions(run / "predictions" / "val.safetensors") for run in (folder, alone.folder))
+    assert torch.equal(both.rows, torch.arange(144)) and torch.equal(both.labels, one.labels)
+    assert torch.allclose(both.logits, one.logits, atol=0.05) and both.names == one.names
+    reports = [json.loads((run / "report.json").read_text()) for run in (folder, alone.folder)]
+    assert reports[0]["evaluation"]["confusion"] == reports[1]["evaluation"]["confusion"]
+    assert reports[0]["start"] is not None
 
 
 def test_predictions_of_a_folder(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,431 @@
+"""The page of a report, and of several compared: one file, no script, nothing from the network.
+
+`python -m recipes report RUN` writes a run's page again; with several runs, `comparison.html`. Pictures are SVG by
+matplotlib, whose ink follows the page's, light or dark; each has its numbers beside it in words.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .evaluation import mcnemar, paired_bootstrap
+from .outputs import Predictions, load_predictions
+from .report import write_page
+
+HUES = ["#3f83c8", "#d9822b", "#3f9b6c", "#c8553d", "#8d6bbd", "#7f8a94", "#b39a2f", "#3aa0a8"]  # on white and on black
+INK = "#010203"  # stands for the page's own colour
+FEW = 25  # classes whose names fit beside a matrix
+SHOWN = 20  # samples that two runs judge differently
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page of one report: the content of `report.json`."""
+    return template("page.html").render(  # type: ignore[no-any-return]
+        report=report,
+        verdict=verdict(report),
+        figures=figures([report]),
+        matrix=svg(confusion_figure(report)) if report["evaluation"] else None,
+        reliability=svg(reliability_figure(report)) if report["evaluation"] else None,
+        class_rows=class_rows(report) if report["evaluation"] else [],
+        pairs=pairs(report),
+        phases=phases(report),
+    )
+
+
+def template(name: str) -> Any:
+    """A template beside this file; whatever is put into it is escaped."""
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "duration": duration}
+    return environment.get_template(name)
+
+
+def number(value: Any) -> str:
+    """Three digits after the point for a share, commas in a count."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one would say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """How good it is, in a sentence or two, and against what."""
+    found = report["evaluation"]
+    split = {"test": "test", "val": "validation"}[report["split"]]
+    if found is None:
+        metrics = ", ".join(f"{name.split('/', 1)[-1]} {number(value)}" for name, value in report["metrics"].items())
+        return f"{metrics}." if metrics else "Nothing was evaluated."
+    low, high = found["accuracy"]["interval"]
+    reached = f"{found['accuracy']['value']:.1%} of {found['samples']:,} {split} samples are right"
+    most = report["class_names"][found["majority"]["class"]]
+    base = found["majority"]["accuracy"]
+    text = f"{reached} (95% interval {low:.1%} to {high:.1%}); always saying “{most}” would find {base:.1%}"
+    start = report["start"]
+    if start:
+        text += f", the nearest class centre on the features of before the fit {start['accuracy']:.1%}"
+        text += f" (of {start['samples']:,} samples)" if start["samples"] < found["samples"] else ""
+    text += "."
+    if low <= base:
+        text += " That is not reliably more than the largest class: it has not been shown to have learnt anything."
+    elif start and low <= start["accuracy"] <= high:
+        text += " What the fit adds to its starting point lies within the interval."
+    if split == "validation":
+        text += " These samples chose the checkpoint, so expect a little less on others."
+    return text
+
+
+def class_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each class that is there or was predicted, the worst F1 first."""
+    scores = report["evaluation"]["classes"]
+    names, columns = (
+        report["class_names"],
+        zip(*(scores[key] for key in ("precision", "recall", "f1", "support")), strict=True),
+    )
+    claimed = torch.tensor(report["evaluation"]["confusion"]).sum(0).tolist()
+    rows = [
+        {"class": name, "precision": f"{p:.3f}", "recall": f"{r:.3f}", "f1": f"{f:.3f}", "samples": n}
+        for name, (p, r, f, n), others in zip(names, columns, claimed, strict=True)
+        if n or others
+    ]
+    return sorted(rows, key=lambda row: (row["f1"], row["class"]))
+
+
+def pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is most often taken for something else."""
+    if not report["evaluation"]:
+        return []
+    names, support = report["class_names"], report["evaluation"]["classes"]["support"]
+    return [
+        {"true": names[true], "predicted": names[predicted], "count": count, "of": support[true]}
+        for true, predicted, count in report["evaluation"]["worst_pairs"]
+    ]
+
+
+def phases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """From which step on which groups trained, and the best of the checkpoint's metric until the next."""
+    found, best = report["phases"], report["best"] or {}
+    name = best.get("monitor")
+    if len(found) < 2:
+        return []
+    ends = [*(phase["step"] for phase in found[1:]), float("inf")]
+    rows = []
+    for phase, end in zip(found, ends, strict=True):
+        seen = [v["metrics"].get(name) for v in report["curves"]["validations"] if phase["step"] < v["step"] <= end]
+        values = [value for value in seen if value is not None]
+        peak = (min(values) if name and "loss" in name else max(values)) if values else None
+        rows.append(
+            {"step": phase["step"], "open": ", ".join(phase["open"]) or "nothing", "metric": peak, "name": name}
+        )
+    return rows
+
+
+# Pictures
+
+
+def figure(width: float = 4.3, height: float = 2.7) -> tuple[Any, Any]:
+    """An empty picture in inches, and its axes, in the page's ink."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def svg(made: Any) -> str:
+    """A picture as SVG to put into a page, without size and colours that the page should decide on."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg aria-hidden="true" \1', text, count=1)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r"font: (\d+(?:\.\d+)?)px [^;\"]*", r"font-size: \1px", text)
+    return text.replace(INK, "currentColor").replace("#000000", "currentColor")
+
+
+def inked() -> Any:
+    """Everything that matplotlib would draw in black, in the page's ink."""
+    import matplotlib
+
+    inks: Any = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK
+    )
+    return matplotlib.rc_context(
+        inks | {"font.size": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.6, "legend.frameon": False}
+    )
+
+
+def figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Curves of loss, metric and rates over optimiser steps, of one run or of several over each other."""
+    found = []
+    with inked():
+        for name, draw in (("loss", draw_loss), ("metric", draw_metric), ("rates", draw_rates)):
+            if name == "rates" and len(reports) > 1:
+                continue
+            made, axes = figure()
+            title, words = draw(axes, reports)
+            if title:
+                mark_phases(axes, reports)
+                axes.set_xlabel("optimiser step")
+                axes.set_title(title, loc="left", fontsize=9)
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(fontsize=7.5, loc="best")
+                found.append({"title": title, "svg": svg(made), "words": words})
+    return found
+
+
+def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Training loss, smoothed, and validation loss."""
+    words = []
+    for report, hue in zip(reports, HUES * len(reports), strict=False):
+        run = f"{report['run']} " if len(reports) > 1 else ""
+        points = [(point["step"], point["loss"]) for point in report["curves"]["points"]]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, color=hue, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(losses), color=hue, label=f"{run}training")
+            words.append(f"{run}training from {number(losses[0])} to {number(losses[-1])}")
+        validated = valued(report, "val/loss")
+        if validated:
+            steps, losses = zip(*validated, strict=True)
+            other = hue if run else HUES[1]
+            axes.plot(steps, losses, "--o", color=other, markersize=3, label=f"{run}validation")
+            words.append(f"{run}validation from {number(losses[0])} to {number(losses[-1])}")
+    return ("loss" if words else ""), "; ".join(words)
+
+
+def draw_metric(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The metric that the checkpoint goes by, and what the result is held against."""
+    words, name = [], ""
+    for report, hue in zip(reports, HUES * len(reports), strict=False):
+        run = f"{report['run']} " if len(reports) > 1 else ""
+        logged = [key for v in report["curves"]["validations"] for key in v["metrics"] if "accuracy" in key]
+        name = (report["best"] or {}).get("monitor") or next(iter(logged), "")
+        found = valued(report, name)
+        if not found:
+            continue
+        steps, values = zip(*found, strict=True)
+        axes.plot(steps, values, "-o", color=hue, markersize=3, label=f"{run}{name}")
+        best = min(values) if "loss" in name else max(values)
+        words.append(f"{run}{name} from {number(values[0])} to {number(values[-1])}, at best {number(best)}")
+        if not run and "accuracy" in name and report["evaluation"]:
+            majority = report["evaluation"]["majority"]["accuracy"]
+            axes.axhline(majority, color=INK, linewidth=0.8, linestyle=":", label="largest class")
+            if report["start"]:
+                axes.axhline(report["start"]["accuracy"], color=HUES[2], linestyle=":", label="before the fit")
+    return name if words else "", "; ".join(words)
+
+
+def valued(report: Mapping[str, Any], name: str) -> list[tuple[int, float]]:
+    """Step and value of a validation metric."""
+    validations = report["curves"]["validations"]
+    return [(v["step"], v["metrics"][name]) for v in validations if name in v["metrics"]]
+
+
+def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Each group's learning rate; while it is frozen, thin."""
+    curves = reports[0]["curves"]
+    if not curves["rates"]:
+        return "", ""
+    steps = [point["step"] for point in curves["rates"]]
+    words = []
+    for number_of, name in enumerate(curves["groups"]):
+        rates = [point["lr"][number_of] for point in curves["rates"]]
+        is_open = [opened(reports[0]["phases"], name, step) for step in steps]
+        hue = HUES[number_of % len(HUES)]
+        axes.plot(steps, rates, color=hue, linewidth=0.5, alpha=0.6)
+        shown = [rate if there else float("nan") for rate, there in zip(rates, is_open, strict=True)]
+        axes.plot(steps, shown, color=hue, label=name if len(curves["groups"]) <= 8 else None)
+        words.append(f"{name} {min(rates):.2g} to {max(rates):.2g}")
+    if any(rate > 0 for point in curves["rates"] for rate in point["lr"]):
+        axes.set_yscale("log")
+    return "learning rate of each group", "; ".join(words)
+
+
+def opened(found: Sequence[Mapping[str, Any]], name: str, step: int) -> bool:
+    """Whether a group trains at a step."""
+    current = [phase for phase in found if phase["step"] <= step]
+    return bool(current) and name in current[-1]["open"]
+
+
+def mark_phases(axes: Any, reports: Sequence[Mapping[str, Any]]) -> None:
+    """A line where blocks opened."""
+    if len(reports) == 1:
+        for phase in reports[0]["phases"][1:]:
+            axes.axvline(phase["step"], color=INK, linewidth=0.6, alpha=0.5)
+
+
+def smoothed(values: Sequence[float], span: int = 10) -> list[float]:
+    """An average that forgets, started without a bias towards zero."""
+    keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out
+
+
+def confusion_figure(report: Mapping[str, Any]) -> Any:
+    """The confusion matrix, each row as shares of its class; with names and counts where they fit."""
+    counts = torch.tensor(report["evaluation"]["confusion"])
+    names, classes = report["class_names"], len(counts)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    with inked():
+        side = 4.3 if classes <= FEW else 5.2
+        made, axes = figure(side, side)
+        right = torch.eye(classes, dtype=torch.bool)[..., None]
+        hue = torch.where(right, torch.tensor([0.25, 0.51, 0.78]), torch.tensor([0.82, 0.36, 0.20]))
+        axes.imshow(torch.cat([hue, share.sqrt()[..., None]], 2).numpy(), interpolation="nearest")
+        axes.spines[["top", "right"]].set_visible(True)
+        axes.set(xlabel="predicted", ylabel="true")
+        if classes <= FEW:
+            short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+            axes.set_xticks(range(classes), short, rotation=90 if classes > 4 else 0, fontsize=9)
+            axes.set_yticks(range(classes), short, fontsize=9)
+        for row, column in counts.nonzero().tolist() if classes <= 12 else ():
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=9)
+    return made
+
+
+def reliability_figure(report: Mapping[str, Any]) -> Any:
+    """How often answers of each confidence are right; the bars below say how many there are."""
+    found = report["evaluation"]["calibration"]
+    bins, total = len(found["counts"]), max(1, sum(found["counts"]))
+    with inked():
+        made, axes = figure(4.3, 3.4)
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.7, linestyle=":")
+        axes.bar(
+            [(n + 0.5) / bins for n in range(bins)],
+            [c / total for c in found["counts"]],
+            0.9 / bins,
+            color=HUES[5],
+            alpha=0.45,
+        )
+        filled = [
+            (x, y, n) for x, y, n in zip(found["confidence"], found["accuracy"], found["counts"], strict=True) if n
+        ]
+        axes.plot([x for x, *_ in filled], [y for _, y, _ in filled], "-o", color=HUES[0], markersize=4)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of the answer", ylabel="share that is right")
+    return made
+
+
+# A run's page again, and several runs against each other
+
+
+def main(runs: Sequence[Path], target: Path = Path("comparison.html")) -> Path:
+    """Write the page of one run again, or compare several; returns the page's path.
+
+    Raises:
+        FileNotFoundError: A folder without a report.
+        ValueError: Runs that judged other samples.
+    """
+    reports = [read(run) for run in runs]
+    if len(runs) == 1:
+        write_page(reports[0], runs[0])
+        return runs[0] / "report.html"
+    target.write_text(compare(runs, reports) + "\n", encoding="utf-8", errors="backslashreplace")
+    return target
+
+
+def read(run: Path) -> dict[str, Any]:
+    """A run's `report.json`."""
+    path = run / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: give the folder of a finished run, runs/<recipe>/<config>/<time>")
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
+    """The page that holds runs against the first of them, on the same samples."""
+    made = [
+        load_predictions(run / "predictions" / f"{report['split']}.safetensors")
+        for run, report in zip(runs, reports, strict=True)
+    ]
+    names = labels_of(runs)
+    for report, name in zip(reports, names, strict=True):
+        report["run"] = name
+    first = made[0]
+    for run, other in zip(runs, made, strict=True):
+        if other.names != first.names or not torch.equal(other.labels, first.labels):
+            raise ValueError(
+                f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}): compare runs "
+                f"with the same data, seed and split"
+            )
+    right = [(predictions.logits.argmax(1) == predictions.labels) for predictions in made]
+    rows: list[dict[str, Any]] = []
+    for report, is_right in zip(reports, right, strict=True):
+        rows.append(
+            {
+                "name": report["run"],
+                "title": report["title"],
+                "accuracy": report["evaluation"]["accuracy"],
+                "f1": report["evaluation"]["f1"],
+                "ece": report["evaluation"]["calibration"]["error"],
+                "seconds": report["cost"]["seconds"],
+                "gain": float(is_right.double().mean() - right[0].double().mean()),
+                "gain_interval": paired_bootstrap(right[0], is_right),
+                "p": mcnemar(right[0], is_right),
+                "only_first": differing(
+                    first, made[0], made[len(rows)], right[0] & ~is_right, reports[0]["class_names"]
+                ),
+                "only_this": differing(
+                    first, made[0], made[len(rows)], is_right & ~right[0], reports[0]["class_names"]
+                ),
+            }
+        )
+    return str(
+        template("comparison.html").render(
+            rows=rows, figures=figures(reports), split=reports[0]["split"], samples=len(first.labels)
+        )
+    )
+
+
+def labels_of(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs' folders apart: their last parts, as many as it takes."""
+    parts = [run.absolute().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{chr(65 + place)}" for place in range(len(runs))]
+
+
+def differing(
+    samples: Predictions, first: Predictions, other: Predictions, chosen: torch.Tensor, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Samples that one run gets right and the other wrong: how many, and the first of them."""
+    places = chosen.nonzero().flatten().tolist()
+    return {
+        "count": len(places),
+        "samples": [
+            {
+                "name": samples.names[place] if samples.names else f"sample {int(samples.rows[place])}",
+                "label": class_names[int(samples.labels[place])],
+                "first": class_names[int(first.logits[place].argmax())],
+                "other": class_names[int(other.logits[place].argmax())],
+            }
+            for place in places[:SHOWN]
+        ],
+    }

@@ -1,0 +1,148 @@
+"""Scores, intervals and p-values: those of scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.optimize import minimize_scalar
+from sklearn import metrics
+from sklearn.calibration import calibration_curve
+
+from callbacks.evaluation import (
+    bootstrap,
+    calibration,
+    class_centres,
+    class_scores,
+    confusion_matrix,
+    evaluation,
+    fit_temperature,
+    mcnemar,
+    nearest_centre,
+    paired_bootstrap,
+    worst_pairs,
+)
+
+
+def made(samples: int = 400, classes: int = 7, skill: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are too sure of themselves, and labels; the last class never comes up and is never said."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(classes - 1, (samples,), generator=generator)
+    logits = torch.randn(samples, classes, generator=generator)
+    logits[torch.arange(samples), labels] += skill
+    logits[:, -1] -= 20
+    return 3 * logits, labels
+
+
+@pytest.mark.parametrize("classes", [2, 7, 121])
+def test_scores_are_scikit_learns(classes: int) -> None:
+    logits, labels = made(classes=classes + 1)
+    found, said = evaluation(logits, labels), logits.argmax(1)
+    assert np.array_equal(found["confusion"], metrics.confusion_matrix(labels, said, labels=range(classes + 1)))
+    scores = metrics.precision_recall_fscore_support(labels, said, labels=range(classes + 1), zero_division=0)
+    for name, expected in zip(("precision", "recall", "f1", "support"), scores, strict=True):
+        assert np.allclose(found["classes"][name], expected, atol=1e-12), name
+    assert found["accuracy"]["value"] == metrics.accuracy_score(labels, said)
+    assert found["f1"]["value"] == pytest.approx(metrics.f1_score(labels, said, average="macro"), abs=1e-12)
+    p = logits.double().softmax(1)
+    assert found["loss"] == pytest.approx(metrics.log_loss(labels, p, labels=range(classes + 1)), rel=1e-6)
+    assert found["majority"]["accuracy"] == max(np.bincount(labels)) / len(labels)
+    worst = found["worst_pairs"]
+    assert worst == sorted(worst, key=lambda pair: -pair[2])
+    assert sum(count for *_, count in worst_pairs(torch.tensor(found["confusion"]), 10**6)) == int(
+        (said != labels).sum()
+    )
+
+
+def test_the_calibration_error_is_that_of_scikit_learns_curve() -> None:
+    logits, labels = made(2000)
+    p = logits.double().softmax(1)
+    sure, said = p.max(1)
+    right = (said == labels).numpy()
+    for bins in (10, 15):
+        found = calibration(p, labels, bins)
+        accuracy, confidence = calibration_curve(right, sure.numpy(), n_bins=bins)
+        counts = np.array([n for n in found.counts if n])
+        assert np.allclose([a for a, n in zip(found.accuracy, found.counts, strict=True) if n], accuracy)
+        assert np.allclose([c for c, n in zip(found.confidence, found.counts, strict=True) if n], confidence)
+        assert found.error == pytest.approx((np.abs(accuracy - confidence) * counts).sum() / len(labels))
+    assert calibration(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])).error == 0
+
+
+def test_the_temperature_is_the_likeliest() -> None:
+    logits, labels = made(2000)
+    p = logits.double()
+
+    def loss(log_temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(p / math.exp(log_temperature), labels))
+
+    expected = math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-8}).x)
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(expected, rel=1e-4) and found > 1.9, "these logits are too large"
+    whole = evaluation(logits, labels, held_out=(logits, labels))["calibration"]
+    assert whole["error_with_temperature"] < whole["error"] / 2
+    surely = 100 * torch.nn.functional.one_hot(labels, 7).float()
+    assert fit_temperature(surely, labels) == pytest.approx(0.05), "without a mistake there is no best one"
+    assert fit_temperature(-surely, labels) == pytest.approx(20)
+
+
+def test_intervals_are_scipys() -> None:
+    logits, labels = made()
+    said = logits.argmax(1)
+    found = bootstrap(labels, said, 7, draws=4000)
+
+    def f1(truth: np.ndarray, answers: np.ndarray) -> float:
+        return float(metrics.f1_score(truth, answers, average="macro"))
+
+    rng = np.random.default_rng(0)
+    hits = (labels == said).numpy().astype(float)
+    expected = stats.bootstrap((hits,), np.mean, method="percentile", n_resamples=4000, rng=rng).confidence_interval
+    assert found["accuracy"] == pytest.approx(tuple(expected), abs=0.006)
+    both = (labels.numpy(), said.numpy())
+    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 800, "rng": rng}
+    assert found["f1"] == pytest.approx(tuple(stats.bootstrap(both, f1, **options).confidence_interval), abs=0.01)
+
+
+@pytest.mark.parametrize("skill", [0.3, 0.6])
+def test_comparisons_are_scipys(skill: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first = torch.rand(300, generator=generator) < 0.6
+    second = torch.where(torch.rand(300, generator=generator) < skill, True, first)
+    only = int((first & ~second).sum()), int((second & ~first).sum())
+    assert mcnemar(first, second) == pytest.approx(stats.binomtest(only[0], sum(only), 0.5).pvalue, rel=1e-9)
+    assert mcnemar(second, first) == mcnemar(first, second)
+    gain = second.double().numpy() - first.double().numpy()
+    rng = np.random.default_rng(0)
+    expected = stats.bootstrap((gain,), np.mean, method="percentile", n_resamples=4000, rng=rng).confidence_interval
+    assert paired_bootstrap(first, second, draws=4000) == pytest.approx(tuple(expected), abs=0.008)
+
+
+def test_runs_that_agree_cannot_be_told_apart() -> None:
+    right = torch.tensor([True, False, True])
+    assert mcnemar(right, right) == 1
+    assert paired_bootstrap(right, right) == (0, 0)
+    assert mcnemar(torch.ones(5000, dtype=torch.bool), torch.zeros(5000, dtype=torch.bool)) < 1e-300
+
+
+def test_one_sample_and_a_class_that_is_only_said() -> None:
+    found = evaluation(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
+    assert found["accuracy"] == {"value": 0, "interval": (0, 0)} and found["f1"]["value"] == 0
+    scores = class_scores(confusion_matrix(torch.tensor([0]), torch.tensor([1]), 3))
+    assert not torch.stack(scores[:3]).any() and scores.support.tolist() == [1, 0, 0]
+
+
+def test_the_nearest_centre_goes_by_direction() -> None:
+    features = torch.tensor([[1.0, 0.1], [9.0, 0.0], [0.1, 2.0], [0.0, 0.1]])
+    centres = class_centres(features, torch.tensor([0, 0, 2, 2]), 3)
+    assert nearest_centre(torch.tensor([[5.0, 1.0], [0.2, 0.9]]), centres).tolist() == [0, 2]
+    assert not centres[1].any()
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    evaluation(*made())
+    paired_bootstrap(torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool))
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,299 @@
+"""The report: in a stranger's module, over ranks, after a resume and a stop; what it says is what was measured."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn import metrics
+from torch import Tensor, nn
+
+from callbacks import ExactResume, GradualUnfreezing, Report
+from callbacks.outputs import Predictions, classified, load_predictions, save_predictions
+from callbacks.page import main as report_of
+from callbacks.page import render
+from callbacks.report import MOST_POINTS, as_uri, grouped, spread
+from recipes.text import main as text
+from recipes.vision import main as vision
+from tests.nets import Net, data, fit, quiet
+
+QUICK = ["fit", "--config", "vision/quickstart", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+
+class Page(HTMLParser):
+    """Counts what a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def check_page(folder: Path) -> str:
+    """One file, without scripts and without anything from elsewhere; every drawing has words beside it."""
+    content = (folder / "report.html").read_text()
+    page = Page(content)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert all(link.startswith(("#", "data:image/")) for link in page.links), page.links
+    assert "url(http" not in content and "@import" not in content
+    assert page.tags.count("figcaption") == page.tags.count("figure") >= 1
+    assert page.tags.count("svg") <= page.tags.count("figure")
+    assert len(content) < 2 * 2**20
+    return content
+
+
+def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None:
+    report = Report("page")
+    net = fit([report])
+    assert read(own_folder / "page")["split"] == "val"
+    trainer = quiet(callbacks=[report])
+    trainer.test(net, data(40, seed=5), verbose=False)
+    found, kept = read(own_folder / "page"), load_predictions(own_folder / "page" / "predictions" / "test.safetensors")
+    assert found["split"] == "test" and found["evaluation"]["samples"] == 40
+    assert torch.equal(kept.labels, torch.arange(40) % 4)
+    net.eval()
+    with torch.no_grad():
+        logits = torch.cat([net(pictures) for pictures, _ in data(40, seed=5)])
+    assert torch.allclose(kept.logits, logits, atol=1e-6)
+    said = kept.logits.argmax(1)
+    assert found["evaluation"]["accuracy"]["value"] == metrics.accuracy_score(kept.labels, said)
+    assert found["evaluation"]["confusion"] == metrics.confusion_matrix(kept.labels, said).tolist()
+    assert len(found["curves"]["points"]) > 2 and found["class_names"] == ["0", "1", "2", "3"]
+    assert found["start"] is None and found["mistakes"][0]["name"] == "-1"
+    check_page(own_folder / "page")
+
+
+def test_the_quickstarts_page_says_what_was_measured() -> None:
+    cli = vision([*QUICK, "--test", "--trainer.max_epochs=4"])
+    found = read(cli.folder)
+    kept = load_predictions(cli.folder / "predictions" / "test.safetensors")
+    said = kept.logits.argmax(1)
+    tested = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    assert found["evaluation"]["accuracy"]["value"] == pytest.approx(tested["test/accuracy"], abs=1e-6)
+    assert found["evaluation"]["f1"]["value"] == pytest.approx(tested["test/f1"], abs=1e-6)
+    assert found["evaluation"]["loss"] == pytest.approx(tested["test/loss"], abs=2e-3), "logged in bf16"
+    assert found["class_names"] == ["5", "6", "7", "8", "9"] and found["title"] == "resnet8 on Digits"
+    assert len(found["curves"]["validations"]) == 4 and found["best"]["monitor"] == "val/accuracy"
+    values = [v["metrics"]["val/accuracy"] for v in found["curves"]["validations"]]
+    assert found["best"]["score"] == max(values)
+    assert found["curves"]["groups"] == ["stem", "layer1", "layer2", "layer3", "head"]
+    assert 0.2 < found["start"]["accuracy"] < tested["test/accuracy"] and found["start"]["samples"] <= 179
+    wrong = [place for place in range(len(said)) if said[place] != kept.labels[place]]
+    assert {item["name"] for item in found["mistakes"]} <= {kept.names[place] for place in wrong}
+    assert len(found["mistakes"]) == min(12, len(wrong)) and len(found["uncertain"]) == 12
+    assert all(item["picture"] != item["saliency"] for item in found["mistakes"] + found["uncertain"])
+    val = load_predictions(cli.folder / "predictions" / "val.safetensors")
+    assert metrics.accuracy_score(val.labels, val.logits.argmax(1)) == pytest.approx(max(values), abs=1e-6)
+    assert "temperature" in found["evaluation"]["calibration"]
+    content = check_page(cli.folder)
+    assert "recipes.vision predict --ckpt_path" in content and "backbone: resnet8" in content
+    (cli.folder / "report.html").unlink()
+    assert report_of([cli.folder]).read_text() == content, "the page is a function of report.json"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # two folders, to be compared
+def test_phases_and_curves_survive_a_resume(own_folder: Path) -> None:
+    def run(name: str, **options: Any) -> dict[str, Any]:
+        keep = ModelCheckpoint(dirpath=own_folder / name, save_top_k=-1, filename="{step}", every_n_train_steps=6)
+        parts: list[Any] = [
+            ExactResume(seed=0),
+            GradualUnfreezing(every_epochs=1, blocks_per_phase=2),
+            Report(own_folder / name),
+            keep,
+        ]
+        fit(parts, enable_checkpointing=True, log_every_n_steps=2, **options)
+        return read(own_folder / name)
+
+    whole = run("whole")
+    resumed = run("resumed", ckpt_path=own_folder / "whole" / "step=18.ckpt")
+    assert [phase["step"] for phase in whole["phases"]] == [0, 12, 24]
+    assert [len(phase["open"]) for phase in whole["phases"]] == [1, 3, 5] and whole["phases"][0]["open"] == ["head"]
+    for part in ("phases", "mistakes", "evaluation"):
+        assert whole[part] == resumed[part], part
+    assert whole["curves"] == resumed["curves"]
+    assert "what trains" in (own_folder / "whole" / "report.html").read_text()
+
+
+def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path) -> None:
+    from lightning.pytorch import Callback
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 13:
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit([Report("page"), Stop()])
+    found = read(own_folder / "page")
+    assert len(found["curves"]["validations"]) == 1
+    check_page(own_folder / "page")
+
+
+def test_tensorboard_has_the_matrix_and_the_classes(own_folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(own_folder, name="board", version="0")
+    trainer = quiet(callbacks=[Report()], logger=logger)
+    trainer.test(Net(), data(8), verbose=False)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert "test/confusion" in events["images"] and "test/classes/text_summary" in events["tensors"]
+    assert (Path(logger.log_dir) / "report.html").is_file()
+
+
+def some(classes: int, samples: int = 300, **changes: Any) -> dict[str, Any]:
+    """A report of random answers."""
+    from callbacks.evaluation import evaluation
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    logits = torch.randn(samples, classes, generator=generator)
+    curves: dict[str, Any] = {"points": [], "validations": [], "rates": [], "groups": []}
+    cost = {"seconds": 0, "samples_per_second": None, "memory_gb": 1, "device": "x", "devices": 1, "precision": "32"}
+    report = {
+        "version": 1, "title": "net on data", "facts": {}, "config": None, "split": "test", "start": None,
+        "class_names": [f"class {n}" for n in range(classes)], "evaluation": evaluation(logits, labels), "metrics": {},
+        "curves": curves, "phases": [], "best": None, "mistakes": [], "uncertain": [],
+        "data": {"counts": {}, "digest": None, "seed": None, "skipped": [], "skipped_rows": 0},
+        "cost": cost | {"parameters": 5}, "versions": {},
+    }  # fmt: skip
+    return report | changes
+
+
+@pytest.mark.parametrize("classes", [2, 25, 120])
+def test_few_and_many_classes(classes: int, own_folder: Path) -> None:
+    (own_folder / "report.html").write_text(render(some(classes)))
+    content = check_page(own_folder)
+    assert "That is not reliably more than the largest class" in content
+    assert content.count("class 7") >= (1 if classes > 2 else 0)
+
+
+def test_what_comes_from_outside_is_escaped(own_folder: Path) -> None:
+    evil = '<script>alert("1")</script>'
+    sample = {"name": evil, "label": 0, "predicted": 1, "probability": 0.5, "pieces": [[evil, 0.5]]}
+    report = some(2, class_names=[evil, "$x_1$ & \\frac"], title=evil, config=evil, mistakes=[sample])
+    report["facts"] = {"model": evil, "doctor": [evil], "commands": {evil: evil}}
+    report["data"]["skipped"] = [evil]
+    (own_folder / "report.html").write_text(render(report))
+    assert "alert" in check_page(own_folder)
+
+
+def test_a_score_has_curves_and_no_classes(own_folder: Path) -> None:
+    class Regression(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self(batch[0])[:, 0] - batch[1]).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+            self.log("val/mse", (self(batch[0])[:, 0] - batch[1]).square().mean())
+            return {"logits": self(batch[0])[:, :1], "label": batch[1]}
+
+    fit([Report("page")], Regression())
+    found = read(own_folder / "page")
+    assert found["evaluation"] is None and "val/mse" in found["metrics"]
+    assert "mse" in check_page(own_folder / "page")
+
+
+def test_several_labels_and_scores_of_texts(own_folder: Path) -> None:
+    (own_folder / "t.csv").write_text("text,label\n" + "".join(f"word {n} here,{n / 9}\n" for n in range(40)))
+    options = ["--data.train_file=t.csv", "--data.problem_type=regression", "--model.encoder=docstrings_bert"]
+    options += ["--data.class_names=null", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    cli = text(["fit", "--config", "text/csv_minilm", *options])
+    assert read(cli.folder)["evaluation"] is None
+    check_page(cli.folder)
+
+
+def test_texts_are_shown_with_what_the_answer_hangs_on(own_folder: Path) -> None:
+    rows = "".join(f"{word} number {n},{word}\n" for n in range(20) for word in ("cat", "dog", "emu"))
+    (own_folder / "t.csv").write_text(f"text,label\n{rows}")
+    options = ["--data.train_file=t.csv", "--model.encoder=docstrings_bert", "--trainer.max_epochs=1"]
+    cli = text(["fit", "--config", "text/csv_minilm", *options, "--trainer.enable_progress_bar=false"])
+    found = read(cli.folder)
+    shown = found["mistakes"] + found["uncertain"]
+    assert shown and all(item["pieces"] for item in shown)
+    for item in shown:
+        written = "".join(piece for piece, _ in item["pieces"]).split()
+        assert "".join(written) == item["name"].replace(" ", ""), "special tokens are left out"
+        assert max(weight for _, weight in item["pieces"]) <= 1
+    check_page(cli.folder)
+
+
+def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
+    runs = []
+    for epochs in (1, 3):
+        cli = vision([*QUICK, "--test", f"--trainer.max_epochs={epochs}", "--model.weights=null"])
+        runs.append(cli.folder)
+    page = report_of(runs, own_folder / "comparison.html")
+    content = page.read_text()
+    first, second = (load_predictions(run / "predictions" / "test.safetensors") for run in runs)
+    right = [found.logits.argmax(1) == found.labels for found in (first, second)]
+    gain = 100 * float(right[1].double().mean() - right[0].double().mean())
+    assert f"{gain:+.1f} points of accuracy" in content and "McNemar" in content
+    assert f"{int((right[1] & ~right[0]).sum())} that it gets right" in content
+    other = vision([*QUICK, "--test", "--trainer.max_epochs=1", "--data.classes=[0,1,2,3,4]"])
+    with pytest.raises(ValueError, match="judged other samples .* compare runs with the same data, seed and split"):
+        report_of([runs[0], other.folder])
+    with pytest.raises(FileNotFoundError, match="give the folder of a finished run"):
+        report_of([own_folder])
+
+
+@pytest.mark.parametrize(
+    "outputs, batch, found",
+    [
+        ({"logits": torch.zeros(2, 3), "label": torch.tensor([0, 2])}, None, [0, 2]),
+        (None, (torch.zeros(2, 5), torch.tensor([1, 0])), [1, 0]),
+        (None, {"x": 0, "labels": torch.tensor([1, -100])}, [1]),
+        (None, {"x": 0}, None),
+        (None, (torch.zeros(2, 5), torch.zeros(2)), None),
+        (None, (torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.long)), None),
+        ({"logits": torch.zeros(2, 1), "label": torch.tensor([0, 0])}, None, None),
+    ],
+)
+def test_where_logits_and_labels_are_looked_for(outputs: Any, batch: Any, found: list[int] | None) -> None:
+    made = classified(outputs, batch, torch.zeros(2, 3))
+    assert (None if made is None else made[1].tolist()) == found
+
+
+def test_predictions_come_back_as_they_were(own_folder: Path) -> None:
+    names = ["a/ä.jpg", "b\udce9.jpg", "two\nlines"]
+    one = Predictions(torch.randn(3, 2), torch.tensor([0, 1, 1]), torch.arange(3), names)
+    save_predictions(own_folder / "p" / "x.safetensors", one)
+    other = load_predictions(own_folder / "p" / "x.safetensors")
+    assert other.names == names and all(torch.equal(*pair) for pair in zip(one[:3], other[:3], strict=True))
+    save_predictions(own_folder / "x.safetensors", one._replace(names=[]))
+    assert load_predictions(own_folder / "x.safetensors").names == []
+
+
+def test_a_curve_stays_short(own_folder: Path) -> None:
+    report = Report("page")
+    fit([report], max_epochs=400, log_every_n_steps=1)
+    points = report.progress["points"]
+    assert MOST_POINTS / 2 <= len(points) <= MOST_POINTS and points[-1]["step"] > 4790
+    steps = [point["step"] for point in points]
+    assert steps == sorted(set(steps))
+
+
+def test_small_things() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2])
+    rows = spread(labels, 9)
+    assert torch.bincount(labels[rows]).tolist() == [5, 3, 1] and rows.tolist() == sorted(rows.tolist())
+    one, two = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    groups = grouped([{"name": "a", "params": [one]}, {"name": "a/no_decay", "params": [two]}, {"params": []}])
+    assert list(groups) == ["a", "group 2"] and groups["a"][0] == [one, two]
+    picture = as_uri(torch.rand(1, 300, 200), torch.rand(7, 7))
+    assert picture.startswith("data:image/jpeg;base64,") and len(picture) < 10_000
