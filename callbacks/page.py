@@ -6,6 +6,7 @@ matplotlib, whose ink follows the page's, light or dark; each has its numbers be
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import re
@@ -189,6 +190,7 @@ def figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             if title:
                 mark_phases(axes, reports)
                 axes.set_xlabel("optimiser step")
+                axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.set_title(title, loc="left", fontsize=9)
                 if axes.get_legend_handles_labels()[0]:
                     axes.legend(fontsize=7.5, loc="best")
@@ -358,14 +360,8 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
-    """The page that holds runs against the first of them, on the same samples."""
-    made = [
-        load_predictions(run / "predictions" / f"{report['split']}.safetensors")
-        for run, report in zip(runs, reports, strict=True)
-    ]
-    names = labels_of(runs)
-    for report, name in zip(reports, names, strict=True):
-        report["run"] = name
+    """The page that holds runs, called A, B and so on, against the first of them, on the same samples."""
+    made = [judged(run, report) for run, report in zip(runs, reports, strict=True)]
     first = made[0]
     for run, other in zip(runs, made, strict=True):
         if other.names != first.names or not torch.equal(other.labels, first.labels):
@@ -373,47 +369,48 @@ def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
                 f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}): compare runs "
                 f"with the same data, seed and split"
             )
-    right = [(predictions.logits.argmax(1) == predictions.labels) for predictions in made]
-    rows: list[dict[str, Any]] = []
-    for report, is_right in zip(reports, right, strict=True):
+    right = [predictions.logits.argmax(1) == predictions.labels for predictions in made]
+    rows = []
+    for place, (run, report) in enumerate(zip(runs, reports, strict=True)):
+        report["run"] = chr(ord("A") + place)
+        found, names = report["evaluation"], report["class_names"]
         rows.append(
             {
                 "name": report["run"],
                 "title": report["title"],
-                "accuracy": report["evaluation"]["accuracy"],
-                "f1": report["evaluation"]["f1"],
-                "ece": report["evaluation"]["calibration"]["error"],
+                "folder": str(run),
+                "accuracy": found["accuracy"],
+                "f1": found["f1"],
+                "ece": found["calibration"]["error"],
                 "seconds": report["cost"]["seconds"],
-                "gain": float(is_right.double().mean() - right[0].double().mean()),
-                "gain_interval": paired_bootstrap(right[0], is_right),
-                "p": mcnemar(right[0], is_right),
-                "only_first": differing(
-                    first, made[0], made[len(rows)], right[0] & ~is_right, reports[0]["class_names"]
-                ),
-                "only_this": differing(
-                    first, made[0], made[len(rows)], is_right & ~right[0], reports[0]["class_names"]
-                ),
+                "changes": changed(reports[0]["config"], report["config"]),
+                "gain": float(right[place].double().mean() - right[0].double().mean()),
+                "gain_interval": paired_bootstrap(right[0], right[place]),
+                "p": mcnemar(right[0], right[place]),
+                "only_first": differing(first, made[place], right[0] & ~right[place], names),
+                "only_this": differing(first, made[place], right[place] & ~right[0], names),
             }
         )
-    return str(
-        template("comparison.html").render(
-            rows=rows, figures=figures(reports), split=reports[0]["split"], samples=len(first.labels)
-        )
-    )
+    page = template("comparison.html")
+    return str(page.render(rows=rows, figures=figures(reports), split=reports[0]["split"], samples=len(first.labels)))
 
 
-def labels_of(runs: Sequence[Path]) -> list[str]:
-    """What tells the runs' folders apart: their last parts, as many as it takes."""
-    parts = [run.absolute().parts for run in runs]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{chr(65 + place)}" for place in range(len(runs))]
+def judged(run: Path, report: Mapping[str, Any]) -> Predictions:
+    """What a run said of each sample."""
+    path = run / "predictions" / f"{report['split']}.safetensors"
+    if not report["evaluation"] or not path.is_file():
+        raise FileNotFoundError(f"no {path}: only classifiers with their predictions beside the report can be compared")
+    return load_predictions(path)
+
+
+def changed(first: str | None, other: str | None) -> str:
+    """The lines of two configs that differ."""
+    lines = difflib.ndiff((first or "").splitlines(), (other or "").splitlines())
+    return "\n".join(line.rstrip() for line in lines if line[:1] in "+-")
 
 
 def differing(
-    samples: Predictions, first: Predictions, other: Predictions, chosen: torch.Tensor, class_names: Sequence[str]
+    first: Predictions, other: Predictions, chosen: torch.Tensor, class_names: Sequence[str]
 ) -> dict[str, Any]:
     """Samples that one run gets right and the other wrong: how many, and the first of them."""
     places = chosen.nonzero().flatten().tolist()
@@ -421,8 +418,8 @@ def differing(
         "count": len(places),
         "samples": [
             {
-                "name": samples.names[place] if samples.names else f"sample {int(samples.rows[place])}",
-                "label": class_names[int(samples.labels[place])],
+                "name": first.names[place] if first.names else f"sample {int(first.rows[place])}",
+                "label": class_names[int(first.labels[place])],
                 "first": class_names[int(first.logits[place].argmax())],
                 "other": class_names[int(other.logits[place].argmax())],
             }

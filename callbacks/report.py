@@ -266,7 +266,7 @@ class Report(Callback):
         labels, classes = data.splits["train"].labels, data.num_classes
         seen = START_SHARE * trainer.estimated_stepping_batches * trainer.accumulate_grad_batches * BATCH
         most = int(min(self.start_samples, seen))
-        if labels.ndim != 1 or labels.is_floating_point() or most < 2 * classes:
+        if labels.ndim != 1 or labels.is_floating_point() or most < max(50, 5 * classes):
             return {}
         rows = spread(labels, most)
         with aside(trainer, pl_module), torch.no_grad():

@@ -5,6 +5,7 @@
     python -m recipes copy CONFIG FILE     a config to edit
     python -m recipes plan CONFIG [--key value ...]    groups, rates and steps, without data or training
     python -m recipes doctor CONFIG [--key value ...]  the data: broken files, copies across splits, doubtful labels
+    python -m recipes report RUN [RUN ...] a run's page made again; several runs compared on the same samples
 
 `ls`, `show` and `copy` read source files as text and import neither torch nor Lightning.
 """
@@ -168,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.add_argument("config", help="a shipped config or a file")
     command.add_argument("--json", type=Path, default=Path("doctor.json"), help="file of all that was found")
+    command = commands.add_parser("report", help="make a run's report.html again, or compare several runs")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    command.add_argument("--out", type=Path, default=Path("comparison.html"), help="page of a comparison")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("plan", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -177,6 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(arguments.name)
     elif arguments.command == "copy":
         copy(arguments.config, arguments.file)
+    elif arguments.command == "report":
+        report = importlib.import_module("callbacks.page")  # takes seconds: it knows Lightning
+        try:
+            print(report.main(arguments.runs, arguments.out))
+        except (FileNotFoundError, ValueError) as error:
+            stop(str(error))
     elif arguments.command == "doctor":
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
         from .doctor import doctor

@@ -244,7 +244,9 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
     right = [found.logits.argmax(1) == found.labels for found in (first, second)]
     gain = 100 * float(right[1].double().mean() - right[0].double().mean())
     assert f"{gain:+.1f} points of accuracy" in content and "McNemar" in content
-    assert f"{int((right[1] & ~right[0]).sum())} that it gets right" in content
+    assert f"{int((right[1] & ~right[0]).sum())} that B gets right and A wrong" in content
+    differences = content.split("What differs in their configs")[1].split("</pre>")[0]
+    assert [line.split() for line in differences.splitlines() if "max_epochs" in line][-1] == ["+", "max_epochs:", "3"]
     other = vision([*QUICK, "--test", "--trainer.max_epochs=1", "--data.classes=[0,1,2,3,4]"])
     with pytest.raises(ValueError, match="judged other samples .* compare runs with the same data, seed and split"):
         report_of([runs[0], other.folder])
