@@ -403,7 +403,7 @@ class Report(Callback):
             "seconds": round(seconds, 1),
             "samples_per_second": round(samples / seconds, 1) if seconds else None,
             "memory_gb": round(peak / 2**30, 2),
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "devices": trainer.world_size,
             "precision": str(trainer.precision),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
