@@ -93,7 +93,7 @@ class Report(Callback):
     def _reset(self) -> None:
         self.progress: dict[str, Any] = {
             "points": [], "every": 1, "validations": [], "rates": [], "groups": [], "phases": [], "start": {},
-            "seconds": 0.0, "samples": 0, "best": None,
+            "seconds": 0.0, "samples": 0, "best": None, "trained": None,
         }  # fmt: skip
         self._parts: list[Outputs] = []
         self._output: Tensor | None = None
@@ -149,6 +149,7 @@ class Report(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page about the validation samples."""
         self._stop_clock()
+        self.progress["trained"] = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if not getattr(trainer, "fast_dev_run", False):
             self._write(trainer, pl_module, "val", self._kept(trainer))
 
@@ -407,6 +408,7 @@ class Report(Callback):
             "devices": trainer.world_size,
             "precision": str(trainer.precision),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "trained": self.progress["trained"],
         }
 
     def state_dict(self) -> dict[str, Any]:

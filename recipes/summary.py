@@ -73,7 +73,6 @@ def report_facts(cli: RecipeCLI) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "title": f"{model_name(cli.model)} on {type(cli.datamodule).__name__}",
         "recipe": cli.recipe,
-        "model": describe_model(cli.model, cli.trainer.callbacks),  # type: ignore[attr-defined]
     }
     found = doctors_word(cli)
     return facts | ({"commands": commands} if commands else {}) | ({"doctor": found} if found else {})

@@ -84,6 +84,7 @@ def test_the_quickstarts_page_says_what_was_measured() -> None:
     found = read(cli.folder)
     kept = load_predictions(cli.folder / "predictions" / "test.safetensors")
     said = kept.logits.argmax(1)
+    assert found["cost"]["trained"] == found["cost"]["parameters"] == 74_965
     tested = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     assert found["evaluation"]["accuracy"]["value"] == pytest.approx(tested["test/accuracy"], abs=1e-6)
     assert found["evaluation"]["f1"]["value"] == pytest.approx(tested["test/f1"], abs=1e-6)
@@ -171,7 +172,7 @@ def some(classes: int, samples: int = 300, **changes: Any) -> dict[str, Any]:
         "class_names": [f"class {n}" for n in range(classes)], "evaluation": evaluation(logits, labels), "metrics": {},
         "curves": curves, "phases": [], "best": None, "mistakes": [], "uncertain": [],
         "data": {"counts": {}, "digest": None, "seed": None, "skipped": [], "skipped_rows": 0},
-        "cost": cost | {"parameters": 5}, "versions": {},
+        "cost": cost | {"parameters": 5, "trained": 4}, "versions": {},
     }  # fmt: skip
     return report | changes
 
