@@ -1,8 +1,8 @@
-"""Fill README's tables from benchmarks/results and the configs' headers.
+"""Fill the tables of README.md and benchmarks/README.md from benchmarks/results and the configs' headers.
 
     python -m benchmarks.readme
 
-Replaces what stands between `<!-- name -->` and `<!-- end -->`; a test sees that nothing else is in the README.
+Replaces what stands between `<!-- name -->` and `<!-- end -->`; a test sees that nothing else is there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.measure import RESULTS
 from recipes.names import config_names, find_config, header
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = [Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"]
 
 
 def result(name: str) -> dict[str, Any]:
@@ -178,14 +178,12 @@ def more_speed() -> str:
 
 
 def filled(text: str) -> str:
-    """README with its generated parts made anew."""
-    for name, make in PARTS.items():
-        pattern = rf"(<!-- {name} -->)\n.*?\n?(<!-- end -->)"
-        text, count = re.subn(
-            pattern, lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", text, flags=re.DOTALL
-        )
-        assert count == 1, name
-    return text
+    """A page with its generated parts made anew."""
+
+    def made(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{PARTS[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL)
 
 
 PARTS = {
@@ -202,4 +200,5 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

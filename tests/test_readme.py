@@ -1,4 +1,4 @@
-"""README's commands and code run, and its tables are those that the results give."""
+"""README's commands and code run; its tables and those of benchmarks are what the results give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import filled
+from benchmarks.readme import PAGES, PARTS, filled
 from recipes import names
 from tests.nets import Net, data
 
@@ -26,7 +26,10 @@ COMMANDS = [
 
 
 def test_the_tables_are_those_of_the_results() -> None:
-    assert filled(README) == README, "python -m benchmarks.readme"
+    for page in PAGES:
+        assert filled(page.read_text()) == page.read_text(), "python -m benchmarks.readme"
+    there = [name for page in PAGES for name in re.findall(r"<!-- (\w+) -->", page.read_text()) if name != "end"]
+    assert sorted(there) == sorted(PARTS), "each table once"
 
 
 @pytest.fixture
@@ -79,7 +82,8 @@ def test_every_config_and_key_that_is_named_exists() -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    home, named = Path(__file__).parent, re.findall(r"`([a-z_/]+\.py)::(test_\w+)`", README)
+    home = Path(__file__).parent
+    named = re.findall(r"`([a-z_/]+\.py)::(test_\w+)`", (home / "README.md").read_text())
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (home / file).read_text(), f"{file}::{test}"
