@@ -52,6 +52,8 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
             rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
     rows.append(("time", f"{time.time() - cli.started:.0f} s, precision {trainer.precision}"))
     rows.append(("folder", short(str(cli.folder))))
+    if (cli.folder / "report.html").is_file():
+        rows.append(("report", short(str(cli.folder / "report.html"))))
     if cli.subcommand == "predict":
         rows.append(("written", short(str(cli.folder / "predictions.csv"))))
     if best:
