@@ -105,7 +105,9 @@ class Decoding(Dataset[Batch]):
         transform: From a PIL picture to uint8 `(3, size, size)`; may draw from torch's global generator.
         train: Whether batches bring a seed for mixing.
         seed: The run's seed.
-        skip_unreadable: Leave an unreadable picture out of its batch and say so, instead of raising.
+        on_error: What to do with an unreadable picture: `raise`; `skip`, leave it out of its batch and say so in
+            `skipped`; or `blank`, put a black one in its place and say so in `unreadable`, as pairs of its index and
+            the reason. The last keeps batches as large as they are, whatever is in them.
     """
 
     def __init__(
@@ -115,24 +117,28 @@ class Decoding(Dataset[Batch]):
         *,
         train: bool,
         seed: int,
-        skip_unreadable: bool,
+        on_error: Literal["raise", "skip", "blank"],
     ) -> None:
         self.pictures, self.transform, self.train = pictures, transform, train
-        self.seed, self.skip_unreadable = seed, skip_unreadable
+        self.seed, self.on_error = seed, on_error
 
     def __len__(self) -> int:
         return len(self.pictures.labels)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """A whole batch."""
-        samples, skipped = [], []
+        samples, skipped, unreadable = [], [], []
         for draw in draws:
             try:
                 samples.append(self.sample(draw))
             except (ValueError, FileNotFoundError) as error:  # also one that was there at the start
-                if not self.skip_unreadable:
+                if self.on_error == "raise":
                     raise
-                skipped.append(str(error))
+                if self.on_error == "skip":
+                    skipped.append(str(error))
+                    continue
+                unreadable.append((draw.row, str(error.__cause__ or error)))
+                samples.append((self.transform(Image.new("RGB", (1, 1))), IGNORED, draw.row))
         if not samples:
             raise ValueError(f"no picture of a batch of {len(draws)} can be read; the first: {skipped[0]}")
         images, labels, index = zip(*samples, strict=True)
@@ -149,6 +155,8 @@ class Decoding(Dataset[Batch]):
             batch["seed"] = hash_seed(self.seed, draws[0].epoch, draws[0].row)
         if skipped:
             batch["skipped"] = skipped
+        if unreadable:
+            batch["unreadable"] = unreadable
         return batch
 
     def sample(self, draw: Draw) -> tuple[Tensor, int, int]:

@@ -44,22 +44,30 @@ class ImageFolder(ImageDataModule):
         root: The folder.
         test_share: Part of the pictures kept for the test where there are no split folders.
         predict_root: Folder, searched through and through, or one picture for `predict`; the test split if not given.
+        class_names: Names of the classes where the folder need not be there: with `predict_root`, to predict. A
+            recipe's CLI fills in the checkpoint's.
         **kwargs: Those of `ImageDataModule`.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | None = None,
         test_share: float = 0.2,
         predict_root: str | Path | None = None,
+        class_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.root, self.test_share, self.predict_root = Path(root), test_share, predict_root
+        if class_names is not None and predict_root is None:
+            raise ValueError("data.class_names are the folders' names, unless data.predict_root says what to predict")
+        self.root, self.test_share, self.predict_root = root, test_share, predict_root
+        self.given_names = class_names
 
     @cached_property
     def split_folders(self) -> dict[str, Path]:
         """Folder of each split that exists; only `train`, the root itself, where there are no split folders."""
+        if self.root is None:
+            raise ValueError("data.root is not set: give the folder that holds one folder of pictures per class")
         root = existing_folder(self.root, "one folder of pictures per class, or train/, val/ and test/ of such")
         folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
         found = {split: folders[name] for split, names in SPLITS.items() for name in names if name in folders}
@@ -74,7 +82,9 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the class folders, sorted."""
+        """Those given, or the names of the class folders, sorted."""
+        if self.given_names is not None:
+            return self.given_names
         folder = self.split_folders["train"]
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
         if len(names) < 2:
@@ -82,9 +92,11 @@ class ImageFolder(ImageDataModule):
         return names
 
     def read_splits(self) -> dict[str, Pictures]:
-        """List the files; none is opened."""
-        splits: dict[str, Pictures] = {name: self._list(folder) for name, folder in self.split_folders.items()}
-        if "test" not in splits:
+        """List the files; none is opened. With given class names only those to predict."""
+        splits: dict[str, Pictures] = {}
+        if self.given_names is None:
+            splits = {name: self._list(folder) for name, folder in self.split_folders.items()}
+        if splits and "test" not in splits:
             whole = splits["train"]
             kept, held_out = stratified_split(whole.labels, self.test_share, seed=0)
             splits["train"], splits["test"] = Subset(whole, kept), Subset(whole, held_out)

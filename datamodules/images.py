@@ -6,7 +6,8 @@ batches:
     {"image": float in [0, 1], (batch, 3, size, size), channels-last,
      "label": int64, (batch,); -100 marks a sample that only fills up a rank's last batch,
      "index": int64, (batch,), position in the split: `datamodule.sample_names(split)[index]` names it,
-     "target": only with mixup or cutmix: class probabilities, (batch, classes)}
+     "target": only with mixup or cutmix: class probabilities, (batch, classes),
+     "unreadable": only in predict: (index, reason) of each picture that is black since it cannot be read}
 
 Normalisation belongs to the model, which knows its backbone: batches can't be normalised wrongly here.
 
@@ -62,11 +63,13 @@ class ImageDataModule(LightningDataModule):
         num_workers: Decoding processes. `None`: the cores this process may use, shared among the ranks, at
             most 8; none where pictures lie in memory.
         in_memory: Whether to decode everything once and hold it in memory. `None`: if pictures are at most
-            96 px wide and all of them take at most 1 GiB.
-        on_error: What to do with a picture that cannot be read: `raise`, or `skip` it and count it.
+            96 px wide and all of them take at most 1 GiB. What is predicted is decoded as it comes.
+        on_error: What to do with a picture that cannot be read: `raise`, or `skip` it and count it. `None`: skip in
+            `predict`, where a batch then has a black one in its place and says so in `unreadable`; else raise.
     """
 
     flip = True  # whether a mirrored picture keeps its meaning
+    predict_from = 0  # batches of each rank that are predicted already, and not given again
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int | None = None,
         in_memory: bool | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: Literal["raise", "skip"] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -133,9 +136,17 @@ class ImageDataModule(LightningDataModule):
         if self.splits:
             return
         splits = self.read_splits()
-        train = splits["train"]
         for pictures in splits.values():
             check_labels(pictures, self.class_names)
+        if "train" in splits:
+            self._hold_out(splits)
+        self.splits = splits
+        self.cut_rows = rows_of(splits)  # before pictures that cannot be read drop out
+        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
+        log.info("data: %s pictures of %d classes", counts or len(splits["predict"].labels), self.num_classes)
+
+    def _hold_out(self, splits: dict[str, Pictures]) -> None:
+        train = splits["train"]
         if "val" not in splits:
             kept, held_out = hold_out(train.labels, self.val_share, self.fold, self.seed)
             splits["val"], splits["train"] = Subset(train, held_out), Subset(train, kept)
@@ -145,10 +156,6 @@ class ImageDataModule(LightningDataModule):
             train = splits["train"]
             splits["train"] = Subset(train, limit_per_class(train.labels, self.limit_per_class, self.seed))
         splits.setdefault("predict", splits.get("test", splits["val"]))
-        self.splits = splits
-        self.cut_rows = rows_of(splits)  # before pictures that cannot be read drop out
-        counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
-        log.info("data: %s pictures of %d classes", counts, self.num_classes)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled and augmented."""
@@ -166,8 +173,10 @@ class ImageDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """As test, over the pictures to be predicted: by default the test split's."""
-        return self._loader("predict")
+        """As test, over the pictures to be predicted: by default the test split's; from batch `predict_from` on."""
+        loader = self._loader("predict")
+        loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
+        return loader
 
     def fingerprint(self, split: str) -> str:
         """Changes with the pictures and labels of a split, as far as file sizes and times tell."""
@@ -240,27 +249,32 @@ class ImageDataModule(LightningDataModule):
         size = self.image_size or 224
         needed = len(pictures.labels) * size * size * 3
         small = size <= MEMORY_LIMIT_PIXELS and needed <= MEMORY_LIMIT_BYTES
-        if small if self.in_memory is None else self.in_memory:
+        if split == "predict":
+            in_memory = decoded_already(pictures, size)
+        else:
+            in_memory = small if self.in_memory is None else self.in_memory
+        if in_memory:
             if split not in self.decoded:
                 self.decoded[split] = self._decode_all(split, size)
             return InMemory(self.decoded[split], self.splits[split].labels, train=train, seed=self.seed)
         transform = sample_transform(self.augment, size, train=train, flip=self.flip)
-        skip = self.on_error == "skip"
-        return Decoding(pictures, transform, train=train, seed=self.seed, skip_unreadable=skip)
+        skip: Literal["skip", "blank"] = "blank" if split == "predict" else "skip"
+        skips = self.on_error == "skip" or (self.on_error is None and split == "predict")
+        return Decoding(pictures, transform, train=train, seed=self.seed, on_error=skip if skips else "raise")
 
     def _decode_all(self, split: str, size: int) -> Tensor:
         """uint8, `(n, size, size, 3)`; without the pictures that cannot be read, if these are to be skipped."""
         pictures = self.splits[split]
-        source, rows = (pictures.pictures, pictures.rows) if isinstance(pictures, Subset) else (pictures, None)
-        if isinstance(source, PictureArray) and source.pixels.shape[1:3] == (size, size):
-            return source.pixels if rows is None else source.pixels[rows]
+        if decoded_already(pictures, size):
+            source, rows = (pictures.pictures, pictures.rows) if isinstance(pictures, Subset) else (pictures, None)
+            return source.pixels if rows is None else source.pixels[rows]  # type: ignore[attr-defined, no-any-return]
         pixels = torch.empty(len(pictures.labels), size, size, 3, dtype=torch.uint8)
         readable: list[int] = []
         for index in range(len(pixels)):
             try:
                 picture = pictures.read(index)
             except ValueError as error:
-                if self.on_error == "raise":
+                if self.on_error != "skip":
                     raise
                 self.skipped.add(str(error))
                 continue
@@ -304,10 +318,16 @@ class ImageDataModule(LightningDataModule):
             check_rows(state_dict, self.cut_rows)
 
 
+def decoded_already(pictures: Pictures, size: int) -> bool:
+    """Whether a collection, or the one that it is a part of, lies in memory in the size that is asked for."""
+    source = pictures.pictures if isinstance(pictures, Subset) else pictures
+    return isinstance(source, PictureArray) and source.pixels.shape[1:3] == (size, size)
+
+
 def rows_of(splits: dict[str, Pictures]) -> dict[str, list[int]]:
     """Which rows of the original training set are in `train` and `val`, where they were cut from it."""
     found = {}
-    for name in ("train", "val"):
+    for name in {"train", "val"} & splits.keys():
         source, rows = flattened(splits[name])
         if source is not splits[name]:
             found[name] = rows.tolist()

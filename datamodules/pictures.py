@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -51,12 +52,14 @@ class PictureFiles:
         return f"{self.root}/{self.paths[index]}" if self.root else self.paths[index]
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes and times of change; no file is read."""
+        """Hash of names, sizes and times of change; no file is read, and one that is gone counts by its name."""
         digest = hashlib.sha256()
         for index in range(len(self.paths)):
             path = self.name(index)
-            status = os.stat(path)
-            digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}"))
+            digest.update(os.fsencode(path))
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                digest.update(f" {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
 
@@ -149,7 +152,7 @@ def decode(file: Any, name: str) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL raises a dozen kinds for a damaged file
         raise ValueError(
             f"cannot read the picture {name}: {error}. Repair or remove it, or set data.on_error to skip."
         ) from error

@@ -97,6 +97,8 @@ class EpochSampler(DistributedSampler[Draw]):
         balance: Classes, `(size,)`: an epoch then has as many samples of each class, see `balanced_order`.
     """
 
+    start = 0  # of this rank's samples so many are left out at the beginning: they are done already
+
     def __init__(
         self,
         size: int,
@@ -110,6 +112,9 @@ class EpochSampler(DistributedSampler[Draw]):
         super().__init__(range(size), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size, self.balance = size, balance
 
+    def __len__(self) -> int:
+        return max(0, self.num_samples - self.start)
+
     def __iter__(self) -> Iterator[Draw]:
         repeats = [0] * self.size
         if self.shuffle:
@@ -120,7 +125,7 @@ class EpochSampler(DistributedSampler[Draw]):
                 order, repeats = (found.tolist() for found in balanced_order(self.balance, generator))
         else:
             order = list(range(self.size))
-        for position in range(self.rank, self.total_size, self.num_replicas):
+        for position in range(self.rank, self.total_size, self.num_replicas)[self.start :]:
             is_padding, place = position >= self.size and not self.shuffle, position % self.size
             yield Draw(self.epoch, order[place], is_padding, repeats[place])
 
@@ -170,6 +175,7 @@ class BlockSampler(DistributedSampler[Draw]):
     """
 
     LANES = 8
+    start = 0  # in evaluation, of this rank's samples so many are left out at the beginning: they are done already
 
     def __init__(
         self,
@@ -186,11 +192,15 @@ class BlockSampler(DistributedSampler[Draw]):
         self.window = max(window // self.LANES, batch_size)
         super().__init__(range(len(self.blocks)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
 
+    def __len__(self) -> int:
+        return max(0, self.num_samples - self.start)
+
     def __iter__(self) -> Iterator[Draw]:
         size = len(self.blocks)
         places = np.arange(self.rank * self.num_samples, (self.rank + 1) * self.num_samples)
         if not self.shuffle:
-            yield from (Draw(self.epoch, min(place, size - 1), place >= size) for place in places.tolist())
+            rest: list[int] = places[self.start :].tolist()
+            yield from (Draw(self.epoch, min(place, size - 1), place >= size) for place in rest)
             return
         ranking = np.random.default_rng(hash_seed(self.seed, self.epoch)).permutation(self.blocks[-1] + 1)
         mine = np.argsort(ranking[self.blocks], kind="stable")[places % size]

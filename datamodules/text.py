@@ -19,9 +19,11 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -96,6 +98,7 @@ class TextDataModule(LightningDataModule):
     """
 
     sample_kind = "text"  # what `sample_names` gives
+    predict_from = 0  # batches of each rank that are predicted already, and not given again
 
     def __init__(
         self,
@@ -171,6 +174,13 @@ class TextDataModule(LightningDataModule):
         tokenizer.no_padding()
         return str(tokenizer.to_str())
 
+    @cached_property
+    def tokenizer_files(self) -> dict[str, str]:
+        """Name -> content of what a folder needs to be opened as this tokenizer."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*.json"))}
+
     @staticmethod
     def digest(*facts: Any) -> str:
         """A short hash."""
@@ -198,7 +208,7 @@ class TextDataModule(LightningDataModule):
             classes = train.labels if single else torch.zeros(len(train), dtype=torch.long)
             kept, held_out = hold_out(classes, self.val_share, self.fold, self.seed)
             splits["train"], splits["val"] = train.part(kept), train.part(held_out)
-        elif self.fold is not None:
+        elif "train" in splits and self.fold is not None:
             raise ValueError("data.fold: this data set has a validation split of its own")
         if "train" in splits and self.limit_per_class is not None:
             train = splits["train"]
@@ -271,8 +281,16 @@ class TextDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """In the order of the file, so that predictions can be written as they come."""
-        return self._in_order("predict")
+        """In the order of the file, so that predictions can be written as they come; from batch `predict_from` on."""
+        loader = self._in_order("predict")
+        loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
+        return loader
+
+    def fingerprint(self, split: str) -> str:
+        """Changes with the texts of a split and with the tokenizer."""
+        texts = self.splits[split]
+        rows = None if texts.rows is None else hashlib.sha256(texts.rows.numpy().tobytes()).hexdigest()
+        return self.digest(texts.table._fingerprint, rows, self.tokenizer_state)
 
     def fisher_dataloader(self) -> DataLoader[Batch]:
         """The training texts one by one, for a callback that takes stock of the finished fit."""
@@ -344,6 +362,7 @@ class TextDataModule(LightningDataModule):
             "problem_type": self.problem_type,
             "tokenizer": self.tokenizer_name,
             "tokenizer_digest": self.digest(self.tokenizer_state),
+            "tokenizer_files": self.tokenizer_files,
             "max_length": self.max_length,
             "seed": self.seed,
             "counts": {name: len(texts) for name, texts in self.splits.items()},

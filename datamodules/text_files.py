@@ -35,7 +35,7 @@ class TextFiles(TextDataModule):
     Several labels of one text are a list, or a word with `label_separator` between them; a score is a number.
 
     A row that cannot be right (a text that is empty or not UTF-8, a field too many or too few, no label) is an error
-    that names file and line, or is skipped and counted.
+    that names file and line, or is skipped and counted; `left_out` lists these.
 
     Args:
         train_file: File, pattern such as `data/*.csv`, or a list of them.
@@ -49,7 +49,8 @@ class TextFiles(TextDataModule):
         quoted: Whether a field may be in double quotes, with separators and line breaks in it. `None`: in CSV, not
             in TSV.
         encoding: Of CSV, TSV, JSON lines and text.
-        on_error: What to do with a row that cannot be right: `raise`, or `skip` it and count it.
+        on_error: What to do with a row that cannot be right: `raise`, or `skip` it and count it. `None`: skip among
+            the texts to predict, else raise.
         **kwargs: Those of `TextDataModule`.
     """
 
@@ -65,7 +66,7 @@ class TextFiles(TextDataModule):
         class_names: list[str] | None = None,
         quoted: bool | None = None,
         encoding: str = "utf-8",
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: Literal["raise", "skip"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -118,7 +119,7 @@ class TextFiles(TextDataModule):
         """A split without the rows that cannot be right, or an error that names the first."""
         problems = table.data["problem"].to_pylist()
         bad = [row for row, problem in enumerate(problems) if problem]
-        if bad and self.on_error == "raise":
+        if bad and not (self.on_error == "skip" or (self.on_error is None and split == "predict")):
             more = f" (and {len(bad) - 1:,} rows more)" if len(bad) > 1 else ""
             raise ValueError(
                 f"{self.where(split, table, bad[0])}: {problems[bad[0]]}{more}; data.on_error=skip leaves out such rows"
@@ -132,6 +133,14 @@ class TextFiles(TextDataModule):
             split, values, lambda at: self.where(split, table, at if rows is None else int(rows[at]))
         )
         return Texts(table, numbers, None if rows is None else torch.from_numpy(rows), len(bad))
+
+    def left_out(self, split: str) -> Iterator[tuple[str, str]]:
+        """File and line of each row of a split's own file that is skipped, and what is wrong with it."""
+        if self.files.get(split):
+            table = self.table(split)
+            for row, problem in enumerate(table.data["problem"].to_pylist()):
+                if problem:
+                    yield self.where(split, table, row), problem
 
     def numbers(self, split: str, values: list[Any], where: Callable[[int], str]) -> torch.Tensor:
         """Labels as torch wants them; none in what is to be predicted."""

@@ -42,7 +42,14 @@ from . import names
 from .mistakes import explain, sentence_of, unwrapped
 from .parts import schedules
 from .parts.optim import MuonWithAdamW
-from .runs import SaveRunConfig, keep_metrics, load_checkpoint, run_of_checkpoint, with_config_of_checkpoint
+from .runs import (
+    SaveRunConfig,
+    keep_metrics,
+    load_checkpoint,
+    run_of_checkpoint,
+    with_config_of_checkpoint,
+    with_files_to_predict,
+)
 from .summary import print_summary, report_facts
 
 log = logging.getLogger(__name__)
@@ -94,12 +101,12 @@ class RecipeCLI(LightningCLI):
         self.started = started()
         if args is None:
             args = sys.argv[1:]
-        if isinstance(args, Sequence):
-            names.check_command(self.recipe, args)  # type: ignore[arg-type]
-            args = with_config_of_checkpoint(list(args))  # type: ignore[arg-type]
-            RecipeParser.argv, RecipeParser.recipe = args, self.recipe
         self.building = True
         try:
+            if isinstance(args, Sequence):
+                names.check_command(self.recipe, args)  # type: ignore[arg-type]
+                args = with_config_of_checkpoint(with_files_to_predict(list(args)), self.recipe)  # type: ignore[arg-type]
+                RecipeParser.argv, RecipeParser.recipe = args, self.recipe
             super().__init__(
                 model_class,
                 LightningDataModule,
@@ -148,6 +155,13 @@ class RecipeCLI(LightningCLI):
             nargs="?",
             const=True,
             help="Test the best checkpoint after the fit.",
+        )
+        parser.add_argument(
+            "--predictions",
+            type=str | None,
+            default=None,
+            help="File that predict writes to, .csv or .parquet; predictions.csv in the run's folder if not given. "
+            "With a file given, the same command goes on where one that was killed stopped.",
         )
         return parser
 
@@ -253,10 +267,19 @@ class RecipeCLI(LightningCLI):
             self.report = callbacks.Report(self.folder)
             own.append(self.report)
         if self.subcommand == "predict":
-            own.append(callbacks.PredictionWriter(self.folder / "predictions.csv"))
+            own.append(callbacks.PredictionWriter(self.predictions()))
         if config.enable_progress_bar is not False:
             own.append(RichProgressBar(refresh_rate=5))  # a second; Lightning's 100 cost time in every step
         return own
+
+    def predictions(self) -> Path:
+        """Where `predict` writes: `--predictions`, or in the run's folder, which another start does not find again."""
+        given = self.config[self.subcommand].predictions
+        if given is None:
+            log.info("predict: with --predictions FILE the same command goes on where a killed one stopped")
+            return self.folder / "predictions.csv"
+        log.info("predict: if it is killed, the same command goes on from %s.parts", given)
+        return Path(given)
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.building = False

@@ -20,11 +20,11 @@ SUBCOMMANDS = {
     "fit": "train; with --test, test the best checkpoint afterwards",
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
-    "predict": "write a CSV of names or texts, classes and probabilities",
+    "predict": "write a CSV or Parquet file of names or texts, classes and probabilities",
 }
 TOP_LEVEL_KEYS = (
     *("seed_everything", "trainer", "model", "data", "test", "feature_views", "ckpt_path", "weights_only"),
-    *("verbose", "return_predictions", "config"),
+    *("verbose", "return_predictions", "config", "predictions"),
 )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
+
+READS = {"--data.predict_root": "ImageFolder", "--data.predict_file": "TextFiles"}  # whatever was trained on
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -49,8 +54,11 @@ def run_of_checkpoint(path: str | None) -> Path | None:
     return folder if folder and (folder / "config.yaml").is_file() else None
 
 
-def with_config_of_checkpoint(args: list[str]) -> list[str]:
-    """Where only a checkpoint is given, its run's config goes in front of the other arguments."""
+def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
+    """Where only a checkpoint is given, its run's config goes in front of the other arguments.
+
+    To predict, a checkpoint that lies elsewhere is enough: then it says itself how the model was built.
+    """
     if any(a in ("-c", "--config") or a.startswith("--config=") for a in args):
         return args
     for position, word in enumerate(args):
@@ -60,7 +68,83 @@ def with_config_of_checkpoint(args: list[str]) -> list[str]:
             if run:
                 log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
                 return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
+            if args[0] == "predict":
+                rebuilt = options_of_checkpoint(path if isinstance(path, str) else path[0], recipe, chosen_data(args))
+                return [args[0], *rebuilt, *args[1:]]
     return args
+
+
+def with_files_to_predict(args: list[str]) -> list[str]:
+    """What names files to predict names the data module that reads them, whichever the model was trained on."""
+    if args[:1] != ["predict"] or chosen_data(args):
+        return args
+    for position, word in enumerate(args):
+        if (key := word.split("=")[0]) in READS:
+            return [*args[:position], f"--data={READS[key]}", *args[position:]]
+    return args
+
+
+def chosen_data(args: list[str]) -> str | None:
+    """The data module that a command line names."""
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if word.split("=")[0] == "--data":
+            return word.removeprefix("--data=") if "=" in word else following
+    return None
+
+
+def options_of_checkpoint(path: str, recipe: str, chosen: str | None) -> list[str]:
+    """The command line that builds a checkpoint's model again, where the run's config is not beside it.
+
+    Args:
+        path: The checkpoint.
+        recipe: Whose it must be, such as `vision`.
+        chosen: The data module to predict with.
+
+    Raises:
+        ValueError: It is another recipe's; or nothing says what to predict.
+    """
+    content = load_checkpoint(path)
+    data = data_of(content)
+    whose = content.get("recipe", {}).get("name")
+    if whose != recipe:
+        raise ValueError(f"checkpoint {path} is of {whose or 'another program'}: recipes.{recipe} can't open it")
+    if chosen is None:
+        raise ValueError(
+            f"checkpoint {path} has no config.yaml of its run beside it: say what to predict with {' or '.join(READS)}"
+        )
+    follows = ("num_classes", "problem_type")  # from the data
+    model = {k: v for k, v in content["hyper_parameters"].items() if k not in follows and not k.startswith("_")}
+    if model.get("image_size", 0) is None:
+        model["image_size"] = data.get("image_size")
+    words = {f"model.{name}": value for name, value in model.items()}
+    words |= {f"data.{name}": data[name] for name in ("problem_type", "max_length") if name in data}
+    if data.get("problem_type") == "regression":
+        words["data.label_column"] = data["class_names"][0]
+    return [f"--data={chosen}"] + [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in words.items()
+    ]
+
+
+def data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the data module wrote into a checkpoint, whichever it was; nothing, where there was none."""
+    states = [state for state in checkpoint.values() if isinstance(state, dict)]
+    return next((state for state in states if "class_names" in state), {})
+
+
+def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
+    """A folder with the architecture and the tokenizer that a text checkpoint holds; none, where it holds none."""
+    data = data_of(checkpoint)
+    if "encoder" not in checkpoint.get("recipe", {}) or "tokenizer_files" not in data:
+        return None
+    files = {"config.json": json.dumps(checkpoint["recipe"]["encoder"])} | data["tokenizer_files"]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(torch.hub.get_dir()).parent / "encoders" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        beside = folder / f"{name}.{os.getpid()}"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)  # several ranks do the same
+    return folder
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

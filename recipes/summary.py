@@ -55,7 +55,7 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
     if (cli.folder / "report.html").is_file():
         rows.append(("report", short(str(cli.folder / "report.html"))))
     if cli.subcommand == "predict":
-        rows.append(("written", short(str(cli.folder / "predictions.csv"))))
+        rows += [("written", callback.written()) for callback in trainer.callbacks if hasattr(callback, "written")]  # type: ignore[attr-defined]
     if best:
         rows.append(("checkpoint", short(best)))
         rows.append(
@@ -98,6 +98,8 @@ def describe_data(data: Any) -> str:
     """Data module, classes and samples per split."""
     splits = getattr(data, "splits", {})
     counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
+    if not counts and "predict" in splits:
+        counts = f"{len(splits['predict'].labels)} to predict"
     text = f"{type(data).__name__}, {data.num_classes} classes; {counts}"
     skipped = len(getattr(data, "skipped", ())) + sum(getattr(part, "skipped", 0) for part in splits.values())
     return f"{text}; {skipped} skipped that cannot be read" if skipped else text

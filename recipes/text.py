@@ -35,7 +35,7 @@ from .parts.losses import LOSSES, LossKind, WeightKind, labelled
 from .parts.metrics import metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
-from .runs import load_checkpoint, with_weights_of
+from .runs import data_of, encoder_of, load_checkpoint, with_weights_of
 
 log = logging.getLogger(__name__)
 
@@ -231,14 +231,15 @@ class TextCLI(RecipeCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint brings the names of its classes."""
+        """A checkpoint brings the names of its classes, and its encoder's architecture and tokenizer."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
-        if self.subcommand != "fit" and config.ckpt_path and "class_names" in config.data.init_args:
-            states = [state for state in load_checkpoint(config.ckpt_path).values() if isinstance(state, dict)]
-            names_of = [state["class_names"] for state in states if "class_names" in state]
-            if names_of and config.data.init_args.class_names is None:
-                config.data.init_args.class_names = names_of[0]  # also those of another data module
+        unknown = config.data.init_args.get("class_names", "") is None
+        if self.subcommand != "fit" and config.ckpt_path and unknown:  # also those of another data module
+            config.data.init_args.class_names = data_of(load_checkpoint(config.ckpt_path)).get("class_names")
+        if self.subcommand == "predict" and config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir():
+            config.model.encoder = str(encoder_of(load_checkpoint(config.ckpt_path)) or config.model.encoder)
+            log.info("encoder: %s", config.model.encoder)
 
     def instantiate_classes(self) -> None:
         """The tokenizer is the encoder's unless the data names one."""

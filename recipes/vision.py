@@ -39,6 +39,7 @@ from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .parts.weights import load_weights
+from .runs import data_of, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class VisionClassifier(Classifier):
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a
             parameter's name counts.
         mirror_at_test: Whether `test` and `predict` give the mean probabilities of a picture and its mirror image.
+        top_k: How many of the most probable classes `predict` gives.
         compile_backbone: Whether to torch.compile the backbone.
     """
 
@@ -103,6 +105,7 @@ class VisionClassifier(Classifier):
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
         mirror_at_test: bool = False,
+        top_k: int = 1,
         compile_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
@@ -128,7 +131,9 @@ class VisionClassifier(Classifier):
         self.loss = functools.partial(
             classification_loss, kind=loss, label_smoothing=label_smoothing, gamma=focal_gamma
         )
-        self.aux_weight, self.mirror_at_test = aux_weight, mirror_at_test
+        if not 0 < top_k <= num_classes:
+            raise ValueError(f"model.top_k must be 1 to {num_classes}, the number of classes, not {top_k}")
+        self.aux_weight, self.mirror_at_test, self.top_k = aux_weight, mirror_at_test, top_k
         self.metrics = nn.ModuleDict(
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
@@ -199,9 +204,13 @@ class VisionClassifier(Classifier):
         return {"logits": logits, "label": batch["label"], "index": batch["index"]}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Index, most probable class and its probability of each picture, each `(batch,)`."""
-        probability, label = self.final_logits(batch).float().softmax(1).max(1)
-        return {"index": batch["index"], "label": label, "probability": probability}
+        """Index, most probable class and its probability of each picture, each `(batch,)`; `label_2` and on follow."""
+        top = self.final_logits(batch).float().softmax(1).topk(self.top_k)
+        found = {"index": batch["index"]}
+        for place in range(self.top_k):
+            nth = f"_{place + 1}" if place else ""
+            found |= {f"label{nth}": top.indices[:, place], f"probability{nth}": top.values[:, place]}
+        return found
 
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
         logits = self.final_logits(batch) if split == "test" else self.logits(batch)
@@ -220,6 +229,12 @@ class VisionClassifier(Classifier):
             "std": list(self.backbone.std),
             "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Pictures are normalised as in training, whatever the backbone's table says by now."""
+        for name, values in checkpoint.get("recipe", {}).items():
+            if name in ("mean", "std"):
+                getattr(self, name).copy_(torch.tensor(values).view(3, 1, 1))
 
     def _reinitialise(self, fresh: nn.Module, last: int) -> None:
         blocks = list(self.backbone.blocks.values())
@@ -245,9 +260,12 @@ class VisionCLI(RecipeCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Fill in the picture's size where neither the data nor the model says one."""
+        """Fill in the picture's size where neither the data nor the model says one; a checkpoint brings class names."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
+        unknown = config.data.init_args.get("predict_root") and config.data.init_args.get("class_names", "") is None
+        if self.subcommand == "predict" and config.ckpt_path and unknown:
+            config.data.init_args.class_names = data_of(load_checkpoint(config.ckpt_path)).get("class_names")
         facts = backbone_facts(config.model.backbone)
         given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
         config.model.image_size = size = next(value for value in given if value is not None)
