@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -152,7 +152,7 @@ def decode(file: Any, name: str) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise
-    except Exception as error:  # PIL raises a dozen kinds for a damaged file
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"cannot read the picture {name}: {error}. Repair or remove it, or set data.on_error to skip."
         ) from error

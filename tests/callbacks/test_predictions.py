@@ -101,6 +101,11 @@ def test_parquet_holds_what_the_csv_holds(tmp_path: Path) -> None:
     for ending in ("csv", "parquet"):
         part(tmp_path / ending, "rank0.0.jsonl", *batches)
         assert merge_parts(tmp_path / ending, tmp_path / f"out.{ending}") == (9600, 0)
+    bytes_before = (tmp_path / "out.parquet").read_bytes()
+    part(tmp_path / "again", "rank0.0.jsonl", *batches[:217])
+    part(tmp_path / "again", "rank0.1.jsonl", *batches[217:], first=217)
+    merge_parts(tmp_path / "again", tmp_path / "out.parquet")
+    assert (tmp_path / "out.parquet").read_bytes() == bytes_before, "wherever it was killed"
     table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     assert [str(kind) for kind in table.schema.types] == ["string", "string", "float"]
     words = [[row["name"], row["label"], f"{row['probability']:.4f}"] for row in table.to_pylist()]

@@ -237,6 +237,39 @@ def test_a_batch_of_nothing_readable_is_an_error(tmp_path: Path) -> None:
         rows(data, "train")
 
 
+@pytest.mark.parametrize("size", [32, 100])
+def test_what_cannot_be_read_is_black_in_predict_and_named(tmp_path: Path, size: int) -> None:
+    """Batches stay as they are, whatever is in them: also one of nothing readable."""
+    root = write_folder(tmp_path / "f", splits=("train", "val", "test"), classes=2, each=2)
+    for number in (0, 2, 3):
+        truncate(sorted(root.glob("test/*/*.jpg"))[number])
+    data = ImageFolder(root, image_size=size, eval_batch_size=2, num_workers=0)
+    data.setup("predict")
+    first, second = rows(data, "predict")
+    assert [index for index, _ in first["unreadable"]] == [0] and [i for i, _ in second["unreadable"]] == [2, 3]
+    assert all("truncated" in reason.lower() for _, reason in second["unreadable"])
+    assert first["image"].shape == second["image"].shape == (2, 3, size, size)
+    assert first["index"].tolist() == [0, 1] and first["image"][1].any() and not second["image"].any()
+    data.predict_from = 1
+    (rest,) = data.predict_dataloader()
+    assert rest["index"].tolist() == [2, 3]
+    data = ImageFolder(root, image_size=size, eval_batch_size=2, num_workers=0, on_error="raise")
+    data.setup("predict")
+    with pytest.raises(ValueError, match="cannot read the picture"):
+        rows(data, "predict")
+
+
+def test_known_classes_need_no_training_folder(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.jpg")
+    data = ImageFolder(predict_root=tmp_path, class_names=["x", "y"], image_size=32, fold=(0, 3), limit_per_class=1)
+    data.setup("predict")
+    assert list(data.splits) == ["predict"] and data.num_classes == 2 and not data.cut_rows
+    with pytest.raises(ValueError, match=r"unless data.predict_root says what to predict"):
+        ImageFolder(tmp_path, class_names=["x", "y"])
+    with pytest.raises(ValueError, match=r"data.root is not set"):
+        ImageFolder().setup()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I;16") else "a.png")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from datamodules.sampling import (
+    BlockSampler,
     Draw,
     EpochSampler,
     balanced_order,
@@ -56,6 +57,17 @@ def test_evaluation_sees_every_sample_once(size: int, ranks: int) -> None:
     assert len({len(part) for part in parts}) == 1, "every rank has the same number of samples"
     kept = [draw.row for part in parts for draw in part if not draw.is_padding]
     assert sorted(kept) == list(range(size))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_done_already_can_be_left_out(rank: int) -> None:
+    blocks = BlockSampler([0] * 4 + [1] * 7, batch_size=2, window=4, shuffle=False, num_replicas=2, rank=rank)
+    for sampler in (EpochSampler(11, shuffle=False, num_replicas=2, rank=rank), blocks):
+        whole = list(sampler)
+        for start in range(7):
+            sampler.start = start
+            assert list(sampler) == whole[start:] and len(sampler) == 6 - start
+        assert len(whole) == 6
 
 
 def test_ranks_share_one_permutation_that_changes_with_the_epoch() -> None:

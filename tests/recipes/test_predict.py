@@ -21,6 +21,7 @@ import torch
 
 from callbacks import predictions
 from datamodules.pictures import PictureFiles
+from datamodules.text import TokenBatches
 from recipes import text, vision
 from recipes.runs import load_checkpoint
 
@@ -111,6 +112,10 @@ def in_a_process(work: Callable[[], Any]) -> int:
 
 def batches_in(folder: Path) -> int:
     return sum(1 for part in folder.glob("*.jsonl") for _ in predictions.records(part))
+
+
+def cut_last_line(part: Path) -> None:
+    part.write_bytes(part.read_bytes()[:-9])
 
 
 def kill_me() -> None:
@@ -223,9 +228,14 @@ def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
     times = Counter((own_folder / "read.txt").read_text().split())
     assert set(times) == set(map(str, range(PICTURES))) and max(times.values()) <= kills + 1
     first = written(own_folder)
-    shutil.rmtree("runs")
-    whole = in_a_process(lambda: vision.main(command(checkpoint, pictures, *ranks)))
-    assert whole == 0 and written(own_folder) == first
+    Path("out.csv").unlink()
+    merge = predictions.merge_parts
+    patch.setattr(predictions, "merge_parts", lambda *_: (0, 0))
+    assert in_a_process(lambda: vision.main(command(checkpoint, pictures, *ranks))) == 0  # never killed ...
+    cut_last_line(Path("out.csv.parts/rank1.0.jsonl"))  # ... but for the end of one rank; the other is done
+    patch.setattr(predictions, "merge_parts", merge)
+    assert in_a_process(lambda: vision.main(command(checkpoint, pictures, *ranks))) == 0
+    assert written(own_folder) == first
     patch.undo()
 
 
@@ -257,8 +267,7 @@ def test_what_a_killed_run_left_is_not_gone_on_with_for_something_else(
     begun = {path: path.read_bytes() for path in Path("out.csv.parts").iterdir()}
     for done in (True, False):  # no batch is left to predict, or one is
         if not done:
-            last = next(path for path in begun if path.suffix == ".jsonl")
-            last.write_bytes(begun[last][:-9])
+            cut_last_line(next(path for path in begun if path.suffix == ".jsonl"))
         with pytest.raises(SystemExit):
             predict(own_folder / "other.ckpt", few)
         assert "made with another checkpoint" in capsys.readouterr().err
@@ -348,8 +357,10 @@ def test_the_training_folder_may_be_gone_and_the_config_moved_too(own_folder: Pa
 def test_a_text_checkpoint_brings_its_tokenizer_and_broken_lines_are_listed(own_folder: Path) -> None:
     encoder, file = tiny_encoder(own_folder / "bert"), write_csv(own_folder / "train.csv", 40)
     options = [f"--data.train_file={file}", f"--model.encoder={encoder}", "--data.batch_size=8", "--data.max_length=16"]
-    fit = text.main(["fit", "--data=TextFiles", *options, "--model.optimizer=AdamW", *QUIET, *SHORT])
+    options += ["--data.fold=[0,4]", "--model.optimizer=AdamW"]
+    fit = text.main(["fit", "--data=TextFiles", *options, *QUIET, *SHORT])
     best = Path(fit.folder) / "checkpoints" / "best.ckpt"
+    file.unlink()
     (own_folder / "new.txt").write_bytes(b"a fine film\n\nbad acting \xff\na dull story\n   \nwhat music\n")
     ask = ["--data.predict_file=new.txt", "--predictions=out.csv", *QUIET]
     text.main(["predict", "--ckpt_path", str(best), *ask])
@@ -363,8 +374,46 @@ def test_a_text_checkpoint_brings_its_tokenizer_and_broken_lines_are_listed(own_
     moved = shutil.copy(best, own_folder / "alone.ckpt")
     for path in (encoder, own_folder / "runs"):
         shutil.rmtree(path)
-    file.unlink()
-    Path("out.csv").unlink()
     cli = text.main(["predict", "--ckpt_path", str(moved), *ask])
     assert written(own_folder) == first
     assert cli.datamodule.max_length == 16 and list(rows(own_folder / "out.csv")[0])[-1] == "p(good)"
+
+
+@pytest.mark.filterwarnings("ignore:The variance of predictions")  # after two steps
+def test_texts_go_on_where_they_were_cut_off(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores: also these need neither the run nor its encoder."""
+    encoder = tiny_encoder(own_folder / "bert")
+    (own_folder / "train.csv").write_text("text,stars\n" + "".join(f"a fine film {n},{n / 9}\n" for n in range(30)))
+    options = ["--data.train_file=train.csv", f"--model.encoder={encoder}", "--data.label_column=stars"]
+    options += ["--data.max_length=32", "--data.problem_type=regression", "--model.optimizer=AdamW", *QUIET, *SHORT]
+    fit = text.main(["fit", "--data=TextFiles", *options])
+    moved = shutil.copy(Path(fit.folder) / "checkpoints" / "best.ckpt", own_folder / "alone.ckpt")
+    for path in (encoder, own_folder / "runs"):
+        shutil.rmtree(path)
+    (own_folder / "new.txt").write_text("one\ntwo words\nthree more words\n")
+    ask = ["predict", "--ckpt_path", moved, "--data.predict_file=new.txt", "--data.eval_batch_size=1", *QUIET]
+    text.main([*ask, "--predictions=out.csv"])
+    assert list(rows(own_folder / "out.csv")[0]) == ["text", "score"]
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "merge_parts", lambda *_: (0, 0))
+        text.main([*ask, "--predictions=again.csv"])
+    cut_last_line(Path("again.csv.parts/rank0.0.jsonl"))
+    draws, batch = [], TokenBatches.__getitems__
+
+    def noted(self: TokenBatches, some: list[Any]) -> Any:
+        draws.extend(draw.row for draw in some)
+        return batch(self, some)
+
+    monkeypatch.setattr(TokenBatches, "__getitems__", noted)
+    text.main([*ask, "--predictions=again.csv"])
+    assert draws == [2]
+    assert Path("again.csv").read_bytes() == Path("out.csv").read_bytes()
+
+
+def test_pictures_are_normalised_as_in_training(own_folder: Path, checkpoint: Path) -> None:
+    content = load_checkpoint(checkpoint)
+    content["recipe"]["mean"] = [0.1, 0.2, 0.3]  # as if the backbone's table had changed since
+    torch.save(content, own_folder / "older.ckpt")
+    model = predict(own_folder / "older.ckpt", write_folder(own_folder / "new", ("a",), classes=2, each=1)).model
+    assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.std.flatten().tolist() == pytest.approx(content["recipe"]["std"])
