@@ -305,14 +305,11 @@ def batches_done(parts: Iterable[Path]) -> int:
 
 
 def rows_of(part: Path) -> Iterator[Row]:
-    """The samples of a part, without those at its end that only filled up a batch."""
-    last = -1
+    """The samples of a part."""
     for record in records(part):
         reasons = dict(record["unreadable"])
         for index, name, *values in zip(record["index"], record["name"], *record["columns"].values(), strict=True):
-            if index > last:  # what fills up a rank's last batch begins again at the first index
-                yield index, name, values, reasons.get(index, "")
-                last = index
+            yield index, name, values, reasons.get(index, "")
 
 
 def list_beside(target: Path) -> Path:
@@ -352,7 +349,7 @@ def merge_parts(
         def predicted() -> Iterator[list[Any]]:
             last = -1
             for index, name, values, reason in heapq.merge(*map(rows_of, parts), key=lambda row: row[0]):
-                if index <= last:  # another part begins with the same one, or a batch was written by two processes
+                if index <= last:  # it filled up a rank's last batch, or two processes wrote the same batch
                     continue
                 last = index
                 counts[bool(reason)] += 1

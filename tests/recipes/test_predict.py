@@ -391,7 +391,7 @@ def test_texts_go_on_where_they_were_cut_off(own_folder: Path, monkeypatch: pyte
     for path in (encoder, own_folder / "runs"):
         shutil.rmtree(path)
     (own_folder / "new.txt").write_text("one\ntwo words\nthree more words\n")
-    ask = ["predict", "--ckpt_path", moved, "--data.predict_file=new.txt", "--data.eval_batch_size=1", *QUIET]
+    ask = ["predict", "--ckpt_path", str(moved), "--data.predict_file=new.txt", "--data.eval_batch_size=1", *QUIET]
     text.main([*ask, "--predictions=out.csv"])
     assert list(rows(own_folder / "out.csv")[0]) == ["text", "score"]
     with monkeypatch.context() as patch:
