@@ -51,10 +51,11 @@ class PredictionWriter(Callback):
     - `left_out("predict")` gives names of samples that come in no batch, each with the reason.
 
     A batch may hold `unreadable`, pairs of an index and the reason why that sample has no prediction. These and those
-    left out go to a list of their own beside the file, `<file>.unreadable.csv`.
+    left out go to a list of their own, beside `flowers.csv` to `flowers.unreadable.csv`.
 
     The same command with the same file goes on with what a killed one left in `<file>.parts`. It is refused where that
-    was made of another checkpoint, other samples or other settings. A file that is whole is written over.
+    was made of another checkpoint, other samples or other settings, or on another number of ranks. A file that is
+    whole is written over. What `Trainer(limit_predict_batches=...)` lets through is counted anew in each start.
 
     Runs on: predict. Touches: the file, the list of what is unreadable, the folder of parts until all is done;
     `datamodule.predict_from`.
@@ -148,6 +149,7 @@ class PredictionWriter(Callback):
             self._see_weights(pl_module)
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
+            check_ranks(self.parts, trainer.world_size)
             heading = getattr(self.data, "sample_kind", "name")
             left_out = self.data.left_out("predict") if self.data and hasattr(self.data, "left_out") else ()
             self.rows, self.unreadable = merge_parts(self.parts, self.target, heading, left_out)
@@ -315,6 +317,19 @@ def rows_of(part: Path) -> Iterator[Row]:
 def list_beside(target: Path) -> Path:
     """Where the samples without a prediction are listed."""
     return target.with_suffix(".unreadable.csv")
+
+
+def check_ranks(folder: Path, ranks: int) -> None:
+    """See that the parts of all ranks are there, before what is there passes for all.
+
+    Raises:
+        FileNotFoundError: Those of a rank are not.
+    """
+    for rank in range(ranks):
+        if not any(folder.glob(f"rank{rank}.*.jsonl")):
+            raise FileNotFoundError(
+                f"{folder} has no predictions of rank {rank}: name a file in a folder that all machines share"
+            )
 
 
 def merge_parts(

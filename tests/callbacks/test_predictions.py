@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks import PredictionWriter
-from callbacks.predictions import NOTE, batches_done, claim, columns, merge_parts, records
+from callbacks.predictions import NOTE, batches_done, check_ranks, claim, columns, merge_parts, records
 
 
 def part(folder: Path, name: str, *batches: dict[str, Any], first: int = 0) -> Path:
@@ -83,6 +83,13 @@ def test_batches_that_a_process_wrote_after_its_successor_began_come_once(tmp_pa
     part(tmp_path, "rank1.0.jsonl", {"1": "a"}, {"3": "b"}, {"5": "c"})
     part(tmp_path, "rank1.1.jsonl", {"3": "b"}, {"5": "c"}, {"7": "d"}, first=1)
     assert merge_parts(tmp_path, tmp_path / "out.csv") == (4, 0)
+
+
+def test_a_rank_whose_parts_lie_elsewhere_is_missed(tmp_path: Path) -> None:
+    part(tmp_path, "rank0.0.jsonl", {"0": "x"})
+    check_ranks(tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match="no predictions of rank 1: name a file in a folder that all machines"):
+        check_ranks(tmp_path, 2)
 
 
 def test_names_need_not_be_utf8(tmp_path: Path) -> None:
