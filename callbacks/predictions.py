@@ -156,10 +156,13 @@ class PredictionWriter(Callback):
 
     def written(self) -> str:
         """What was written where, for the screen; only the file, where another process did it."""
+        target = self.path or self.target
+        if target.is_relative_to(Path.cwd()):
+            target = target.relative_to(Path.cwd())  # as one would type it here
         if not self.rows + self.unreadable:
-            return str(self.path)
-        said = f"{self.rows:,} predictions in {self.target}"
-        return f"{said}; {self.unreadable:,} unreadable, see {list_beside(self.target)}" if self.unreadable else said
+            return str(target)
+        said = f"{self.rows:,} predictions in {target}"
+        return f"{said}; {self.unreadable:,} unreadable, see {list_beside(target)}" if self.unreadable else said
 
     def _see_weights(self, model: LightningModule) -> None:
         """Each rank by itself, once they are loaded: none may add to what was made with others."""

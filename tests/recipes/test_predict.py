@@ -144,9 +144,10 @@ def test_a_moved_checkpoint_predicts_all_that_can_be_read_and_lists_the_rest(
     assert [row["name"] for row in found] == [path for number, path in enumerate(paths) if number not in BROKEN]
     assert {row["label"] for row in found} <= {"5", "6", "7", "8", "9"}
     assert "truncated" in unreadable[1]["reason"] or "cannot identify" in unreadable[1]["reason"]
-    screen = capsys.readouterr().out
+    screen, words = capsys.readouterr()
     assert "4,990 predictions in out.csv; 10 unreadable, see out.unreadable.csv" in screen
     assert "5000 to predict" in screen
+    assert "the same command goes on from out.csv.parts" in " ".join(words.split())
     assert cli.model.hparams["image_size"] == cli.datamodule.image_size == 8
 
 
