@@ -303,7 +303,9 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
         axes.set(xlabel="predicted", ylabel="true")
         if classes <= FEW:
             short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
-            axes.set_xticks(range(classes), short, rotation=90 if classes > 4 else 0, fontsize=9)
+            axes.set_xticks(
+                range(classes), short, rotation=90 if classes * max(map(len, short)) > 40 else 0, fontsize=9
+            )
             axes.set_yticks(range(classes), short, fontsize=9)
         for row, column in counts.nonzero().tolist() if classes <= 12 else ():
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=9)
