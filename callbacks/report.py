@@ -265,7 +265,8 @@ class Report(Callback):
         if not offered or (trainer.world_size > 1 and "DDP" not in type(trainer.strategy).__name__):
             return {}
         labels, classes = data.splits["train"].labels, data.num_classes
-        seen = START_SHARE * trainer.estimated_stepping_batches * trainer.accumulate_grad_batches * BATCH
+        batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches * trainer.world_size
+        seen = START_SHARE * batches * BATCH
         most = int(min(self.start_samples, seen))
         if labels.ndim != 1 or labels.is_floating_point() or most < max(50, 5 * classes):
             return {}

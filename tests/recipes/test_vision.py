@@ -174,7 +174,7 @@ def test_precision_from_the_command_line_acts(
 
 
 def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
-    options = ["--trainer.max_epochs=2", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.eval_batch_size=16"]
+    options = ["--trainer.max_epochs=4", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.eval_batch_size=16"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "recipes.vision", *QUICK, *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
