@@ -356,13 +356,19 @@ class TextDataModule(LightningDataModule):
         return DataLoader(self._dataset(split), batch_size=self.eval_batch_size, sampler=sampler, collate_fn=as_it_is)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint should tell about the data: class names, tokenizer, the split."""
+        """What a checkpoint should tell about the data: class names, the whole tokenizer, the split."""
         return {
             "class_names": self.class_names,
             "problem_type": self.problem_type,
             "tokenizer": self.tokenizer_name,
             "tokenizer_digest": self.digest(self.tokenizer_state),
             "tokenizer_files": self.tokenizer_files,
+            "tokenizer_json": self.tokenizer_state,  # with its options, enough to predict from the checkpoint alone
+            "tokenizer_options": {
+                **{name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+                "model_input_names": list(self.tokenizer.model_input_names),
+            },
+            "pairs": any("pair" in texts.table.column_names for texts in self.splits.values()),
             "max_length": self.max_length,
             "seed": self.seed,
             "counts": {name: len(texts) for name, texts in self.splits.items()},

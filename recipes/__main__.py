@@ -138,7 +138,7 @@ def copy(name: str, target: Path) -> None:
 
 def recipe_of(config: str) -> str:
     """The recipe that a config is for: a folder in its path is named like it."""
-    known = recipes()
+    known = {name.split("/")[0] for name in config_names()}
     for part in reversed(Path(config).absolute().parts[:-1] if Path(config).exists() else Path(config).parts):
         if part in known:
             return part

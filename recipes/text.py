@@ -257,7 +257,10 @@ class TextCLI(RecipeCLI):
         """As in all recipes; and the best checkpoint as a folder that plain transformers opens."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best and self.trainer.is_global_zero:
-            save_for_transformers(self.model, best, self.datamodule, self.folder / "hf")  # type: ignore[arg-type]
+            folder = self.folder / "hf"
+            save_for_transformers(self.model, best, self.datamodule, folder)  # type: ignore[arg-type]
+            if folder.is_dir():
+                log.info("for transformers: AutoModelForSequenceClassification.from_pretrained(%r)", str(folder))
         super().after_fit()
 
 
@@ -279,7 +282,6 @@ def save_for_transformers(model: TextClassifier, checkpoint: str | Path, data: A
     with quietly():
         net.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
-    log.info("for transformers: AutoModelForSequenceClassification.from_pretrained(%r)", str(folder))
 
 
 def main(args: ArgsType = None, *, plan: bool = False) -> TextCLI:

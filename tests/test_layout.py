@@ -15,13 +15,15 @@ SCIENCE = {"torch", "numpy", "lightning", "typing_extensions"}
 MAY_IMPORT = {
     "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
     "recipes": SCIENCE
-    | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"},
+    | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"}
+    | {"safetensors", "tokenizers", "transformers", "onnx", "onnxruntime", "onnxscript"},  # recipes.export writes them
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors", "jinja2", "matplotlib", "pyarrow"},
     "datamodules": SCIENCE
     | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn"}
     | {"filelock", "fsspec", "tqdm"},
 }
-ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py
+ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py ...
+DECODES = {"datamodules"}  # ... but recipes/loading.py reads a picture to predict as one to train on is read
 ONLY_THERE = {  # of the callbacks; imported where used
     "pyarrow": {"predictions.py"},
     "jinja2": {"page.py"},
@@ -50,7 +52,7 @@ def room(path: Path) -> str:
 def test_imports_only_what_its_room_may(path: Path) -> None:
     allowed = MAY_IMPORT[room(path)]
     if path.name != "cli.py":
-        allowed = allowed - ONLY_CLI
+        allowed = allowed - (ONLY_CLI - DECODES if path.name == "loading.py" else ONLY_CLI)
     if room(path) == "callbacks":
         allowed = allowed - {package for package, files in ONLY_THERE.items() if path.name not in files}
     strangers = imports(ast.parse(path.read_text())) - STANDARD - allowed

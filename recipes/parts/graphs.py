@@ -1,0 +1,78 @@
+"""A trained classifier as one plain graph, from pictures or tokens to logits and probabilities: what an export holds.
+
+Nothing of Lightning and no metric is in it, and what `predict` does around the net is: a picture's normalisation, its
+mirror image where the recipe asks for one, the probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoders import Pooling, pool
+
+PROBABILITIES: dict[str, Any] = {  # by problem; a score has none
+    "single_label_classification": lambda logits: logits.softmax(1),
+    "multi_label_classification": torch.sigmoid,
+}
+
+
+class PictureGraph(nn.Module):
+    """Pictures in [0, 1] to logits and probabilities.
+
+    Args:
+        backbone: Normalised pictures `(batch, 3, size, size)` to features `(batch, width)`.
+        head: Features to logits `(batch, classes)`.
+        mean: To be subtracted from each channel, `(3, 1, 1)`.
+        std: To divide by, `(3, 1, 1)`.
+        mirror: Whether to give the log of the mean probabilities of a picture and its mirror image.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, mean: Tensor, std: Tensor, mirror: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.head, self.mirror = backbone, head, mirror
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Pictures `(batch, 3, size, size)` to logits and probabilities, each `(batch, classes)`."""
+        normal = (images - self.mean) / self.std
+        logits: Tensor = self.head(self.backbone(normal))
+        if self.mirror:
+            views = logits, self.head(self.backbone(normal.flip(3)))
+            logits = torch.logaddexp(*(view.log_softmax(1) for view in views)) - math.log(2)
+        return logits, logits.softmax(1)
+
+
+class TokenGraph(nn.Module):
+    """Tokens to logits and, unless a score is predicted, probabilities.
+
+    Args:
+        net: An encoder of transformers, or with pooling `model` its classifier.
+        head: Features to logits `(batch, classes)`; None with pooling `model`.
+        pooling: What the head sees.
+        problem_type: Which probabilities there are.
+    """
+
+    def __init__(self, net: nn.Module, head: nn.Module | None, pooling: Pooling, problem_type: str) -> None:
+        super().__init__()
+        self.net, self.head, self.pooling = net, head, pooling
+        self.probabilities = PROBABILITIES.get(problem_type)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Tokens, their mask and types, each `(batch, length)`, to logits and probabilities `(batch, classes)`."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out = self.net(input_ids=input_ids, attention_mask=attention_mask, **types)
+        if self.head is None:
+            logits = out.logits
+        else:
+            logits = self.head(pool(out.last_hidden_state, attention_mask, self.pooling))
+        return (logits, self.probabilities(logits)) if self.probabilities else (logits,)
