@@ -56,6 +56,7 @@ inputs = {{name: {array}([getattr(text, kind) for text in encoded]) for name, ki
 
 PLAIN_PICTURES = """\
 import json
+from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -66,7 +67,7 @@ model = nn.Sequential(Normalize({mean}, {std}), net, {head}).eval()
 model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
 {logits}
 probabilities = logits.softmax(1)
-class_names = json.load(open(f"{{folder}}/facts.json", encoding="utf-8"))["class_names"]
+class_names = json.loads(Path(f"{{folder}}/facts.json").read_text("utf-8"))["class_names"]
 """
 
 PLAIN_LOGITS = "logits = model(torch.from_numpy(images))"
@@ -76,13 +77,14 @@ logits = torch.stack([model(view).softmax(1) for view in views]).mean(0).log()""
 
 PLAIN_TEXTS = """\
 import json
+from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, {auto}
 
-facts = json.load(open(f"{{folder}}/facts.json", encoding="utf-8"))
+facts = json.loads(Path(f"{{folder}}/facts.json").read_text("utf-8"))
 model = nn.ModuleDict({{"net": {auto}.from_config(AutoConfig.for_model(**facts["encoder"]))}})
 {head}
 model.eval().load_state_dict(load_file(f"{{folder}}/model.safetensors"))
