@@ -97,9 +97,12 @@ class Restored:
     @torch.no_grad()
     def logits(self, samples: Any) -> Tensor:
         """What `predict` sees of pictures in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32."""
+        device = self.model.device
         if self.recipe == "vision":
-            return self.model.final_logits({"image": samples}).float()  # type: ignore[no-any-return]
-        return self.model(**self.tokens(samples)).float()  # type: ignore[no-any-return]
+            logits: Tensor = self.model.final_logits({"image": samples.to(device)})
+        else:
+            logits = self.model(**{name: tokens.to(device) for name, tokens in self.tokens(samples).items()})
+        return logits.float().cpu()
 
 
 def restore(path: str | Path) -> Restored:

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
     "recipes": SCIENCE
     | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"}
-    | {"safetensors", "tokenizers", "transformers", "onnx", "onnxruntime", "onnxscript"},  # recipes.export writes them
+    | {"safetensors", "tokenizers", "transformers", "onnx", "onnxruntime", "onnxscript"}  # recipes.export writes them
+    | {"litserve", "fastapi", "starlette", "PIL"},  # recipes.serve; the second and third come with the first
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors", "jinja2", "matplotlib", "pyarrow"},
     "datamodules": SCIENCE
     | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn"}

@@ -128,7 +128,7 @@ def test_texts_in_every_form(own_folder: Path, pooling: str) -> None:
     for form in ["torch", "onnx", "safetensors", *(["hf"] if pooling == "model" else [])]:
         folder = export(checkpoint, form, given=Path("some.txt"))
         assert json.loads((folder / "facts.json").read_text())["check"]["samples"] == 3
-        if pooling == "model" or form == "safetensors":
+        if pooling == "model":  # a process takes seconds
             logits, labels = as_a_stranger(folder, form, f"texts = {texts}")
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
             assert labels == [restored.class_names[label] for label in expected.argmax(1).tolist()]
@@ -150,13 +150,12 @@ def test_pairs_several_labels_and_scores(own_folder: Path) -> None:
     several = ["--data.problem_type=multi_label_classification", "--data.label_separator=|"]
     checkpoint = fit_texts(own_folder, pair, *several, file=file)
     texts = [("a fine film", "what a story"), ("what a story", "a fine film")]
-    export(checkpoint, "torch")
-    export(checkpoint, "safetensors")
-    for form in ("onnx", "hf"):
-        logits, labels = as_a_stranger(export(checkpoint, form), form, f"texts = {texts}")
-        torch.testing.assert_close(logits, restore(checkpoint).logits(texts), atol=1e-4, rtol=0)
-        names = restore(checkpoint).class_names
-        assert labels == [[name for name, logit in zip(names, row, strict=True) if logit > 0] for row in logits]
+    for form in ("torch", "safetensors", "hf"):
+        export(checkpoint, form)
+    logits, labels = as_a_stranger(export(checkpoint, "onnx"), "onnx", f"texts = {texts}")
+    torch.testing.assert_close(logits, restore(checkpoint).logits(texts), atol=1e-4, rtol=0)
+    names = restore(checkpoint).class_names
+    assert labels == [[name for name, logit in zip(names, row, strict=True) if logit > 0] for row in logits]
     score = ["--data.problem_type=regression", "--data.label_column=score", "--data.text_column=one"]
     checkpoint = fit_texts(own_folder, *score, "--trainer.max_epochs=2", file=file)
     for form in ("onnx", "safetensors"):

@@ -1,0 +1,279 @@
+"""Serve a checkpoint over HTTP: pictures or texts in, classes and probabilities out.
+
+    python -m recipes.serve runs/vision/quickstart/.../best.ckpt --port 8000
+    curl --data-binary @picture.jpg http://127.0.0.1:8000/predict
+
+`POST /predict` takes a picture as the body, as a file of a form, or as JSON {"image": base64}; a text as JSON
+{"text": ...}, for pairs with "pair". `GET /health` says ok. Requests that come together are answered as one batch.
+
+What cannot be answered gets a status of 4xx and one sentence. A body above the limit is refused while it comes in, also
+where its length is not told; a picture of too many pixels, before it is decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+from collections.abc import AsyncIterable, Sequence
+from email.message import Message
+from pathlib import Path
+from typing import Annotated, Any
+
+from . import names
+
+try:
+    import litserve
+    from fastapi import Depends, HTTPException, Request
+    from starlette.requests import ClientDisconnect
+except ImportError:
+    if __name__ == "__main__":
+        names.stop('recipes.serve needs more packages: pip install "finetuning-recipes[serve]"')
+    raise
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .cli import quieten
+from .loading import Restored, pixels, restore
+from .parts.graphs import PROBABILITIES
+
+MEGABYTE = 2**20
+MOST_PIXELS = 50_000_000  # of a picture: decoded they take 150 MB
+DECODERS = 4  # pictures that are decoded at a time
+
+
+class RequestError(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        status: Of HTTP.
+        sentence: Expected, received, what to do.
+    """
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+async def limited(pieces: AsyncIterable[bytes], declared: str | None, limit: int) -> bytes:
+    """A body as long as it stays within the limit; what is more is never held.
+
+    Args:
+        pieces: In which it comes.
+        declared: Its `Content-Length`, where there is one.
+        limit: Bytes.
+
+    Raises:
+        RequestError: It is longer.
+    """
+    too_long = RequestError(413, f"the body is longer than {limit / MEGABYTE:g} MB: send less, or raise --limit_mb")
+    if declared is not None and declared.isdecimal() and int(declared) > limit:
+        raise too_long
+    body = bytearray()
+    async for piece in pieces:
+        if len(body) + len(piece) > limit:
+            raise too_long
+        body += piece
+    return bytes(body)
+
+
+def sample_of(body: bytes, content_type: str, recipe: str, pairs: bool = False) -> Any:
+    """What a request asks about: the bytes of a picture, a text, or a pair of texts.
+
+    Args:
+        body: Of the request.
+        content_type: Its header, which tells a form and JSON from a bare picture.
+        recipe: `vision` or `text`.
+        pairs: Whether two texts make a sample.
+
+    Raises:
+        RequestError: It is none of these.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if recipe == "vision" and kind == "multipart/form-data":
+        return file_of_form(body, content_type)
+    if recipe == "vision" and kind != "application/json":
+        return body
+    keys = ["image"] if recipe == "vision" else ["text", "pair"] if pairs else ["text"]
+    expected = f"expected {json.dumps(dict.fromkeys(keys, 'base64' if recipe == 'vision' else '...'))}"
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON: {expected}") from error
+    values: list[Any] = [content.get(key) for key in keys] if isinstance(content, dict) else []
+    if not values or not all(isinstance(value, str) and value.strip() for value in values):
+        raise RequestError(422, f"{expected}, with strings that are not empty")
+    try:
+        if recipe == "vision":
+            return base64.b64decode(values[0].rpartition(",")[2], validate=True)  # also of a data URL
+        " ".join(values).encode()  # half a character, as \ud800, would fail the whole batch
+    except ValueError as error:
+        raise RequestError(
+            422, f"{expected}, and the string is not {'base64' if recipe == 'vision' else 'text'}"
+        ) from error
+    return tuple(values) if pairs else values[0]
+
+
+def file_of_form(body: bytes, content_type: str) -> bytes:
+    """The first file of a form, after RFC 7578.
+
+    Raises:
+        RequestError: There is none.
+    """
+    header = Message()
+    header["Content-Type"] = content_type
+    for part in (b"\r\n" + body).split(b"\r\n--" + str(header.get_boundary("")).encode()):
+        head, blank, content = part.partition(b"\r\n\r\n")
+        if blank and b"filename=" in head.lower():
+            return content
+    raise RequestError(422, "the form holds no file: expected one with a picture")
+
+
+def picture_of(body: bytes, size: int) -> Tensor:
+    """A picture as in evaluation, uint8 `(3, size, size)`.
+
+    Raises:
+        RequestError: It is none, or would take too much memory once decoded.
+    """
+    too_many = RequestError(413, f"the picture has more than {MOST_PIXELS:,} pixels: make it smaller")
+    try:
+        with Image.open(io.BytesIO(body)) as picture:  # the header only
+            if picture.width * picture.height > MOST_PIXELS:
+                raise too_many
+        return pixels(io.BytesIO(body), "sent", size)
+    except Image.DecompressionBombError as error:
+        raise too_many from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RequestError(
+            422, "the body is no picture that can be read: expected JPEG, PNG, WebP or the like"
+        ) from error
+
+
+class Intake:
+    """Reads requests where they arrive, so that the process with the model gets only what it can answer.
+
+    In a batch of LitServe's, one request that cannot be answered would fail the others.
+
+    Args:
+        restored: The model that they are for.
+        limit: Bytes of a body.
+    """
+
+    def __init__(self, restored: Restored, limit: int) -> None:
+        self.recipe, self.pairs, self.limit = restored.recipe, restored.pairs, limit
+        self.size = restored.image_size if restored.recipe == "vision" else 0
+        self.decoders = asyncio.Semaphore(DECODERS)
+
+    async def read(self, request: Request) -> Any:
+        """A picture, uint8 `(3, size, size)`, a text, or a pair of them."""
+        try:
+            body = await limited(request.stream(), request.headers.get("content-length"), self.limit)
+            sample = sample_of(body, request.headers.get("content-type", ""), self.recipe, self.pairs)
+            if self.recipe == "text":
+                return sample
+            async with self.decoders:
+                return (await asyncio.to_thread(picture_of, sample, self.size)).numpy()
+        except RequestError as refused:
+            raise HTTPException(refused.status, str(refused)) from refused
+        except ClientDisconnect as gone:
+            raise HTTPException(400, "the connection ended before the body did") from gone
+
+
+class Answers(litserve.LitAPI):  # type: ignore[misc]
+    """The process with the model.
+
+    Args:
+        checkpoint: Of `recipes.vision` or `recipes.text`.
+        max_batch_size: Requests that are answered together.
+        batch_timeout: Seconds that the first of them waits for others.
+    """
+
+    def __init__(self, checkpoint: Path, max_batch_size: int, batch_timeout: float) -> None:
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
+        self.checkpoint = checkpoint
+
+    def setup(self, device: str) -> None:
+        """Load the model."""
+        self.restored = restore(self.checkpoint)
+        self.restored.model.to(device)
+
+    def decode_request(self, request: Any) -> Any:
+        """What `Intake.read` made of it."""
+        return request
+
+    def batch(self, inputs: Sequence[Any]) -> Any:
+        """Pictures in [0, 1], `(batch, 3, size, size)`, or a list of texts."""
+        if self.restored.recipe == "text":
+            return list(inputs)
+        return torch.stack([torch.from_numpy(picture) for picture in inputs]).float() / 255
+
+    def predict(self, samples: Any) -> list[dict[str, Any]]:
+        """An answer for each."""
+        return answers(self.restored.logits(samples), self.restored.class_names, self.restored.problem_type)
+
+    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """They are one by one already."""
+        return output
+
+
+def answers(logits: Tensor, class_names: Sequence[str], problem_type: str) -> list[dict[str, Any]]:
+    """Logits `(batch, classes)` in words: the class and its probability, all classes above a half, or the score."""
+    if problem_type == "regression":
+        return [{"score": score} for score in logits[:, 0].tolist()]
+    rows = PROBABILITIES[problem_type](logits).tolist()
+    named = [dict(zip(class_names, row, strict=True)) for row in rows]
+    if problem_type == "multi_label_classification":
+        return [{"labels": [name for name, p in row.items() if p > 0.5], "probabilities": row} for row in named]
+    best = [max(row, key=row.__getitem__) for row in named]
+    return [
+        {"label": name, "probability": row[name], "probabilities": row} for name, row in zip(best, named, strict=True)
+    ]
+
+
+def end_all_on_sigterm() -> None:
+    """End as after Ctrl+C: LitServe would leave its processes behind, one of them listening."""
+    first = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt if os.getpid() == first else SystemExit  # a fork has this handler, too
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m recipes.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="runs/.../checkpoints/best.ckpt")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines")
+    parser.add_argument("--accelerator", default="auto", help="cpu, cuda or mps; auto takes what there is")
+    parser.add_argument("--batch", type=int, default=32, help="requests that are answered together at most")
+    parser.add_argument("--wait_ms", type=float, default=5, help="how long the first of them waits for others")
+    parser.add_argument("--limit_mb", type=float, default=10, help="longest body")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `names.start` does, for the process with the model
+    end_all_on_sigterm()
+    quieten()
+    try:
+        restored = restore(arguments.checkpoint)
+        intake = Intake(restored, int(arguments.limit_mb * MEGABYTE))
+        # LitServe passes the annotation on to FastAPI, which calls what it says and hands the result over
+        Answers.decode_request.__annotations__["request"] = Annotated[Any, Depends(intake.read)]
+        api = Answers(arguments.checkpoint, arguments.batch, arguments.wait_ms / 1000)
+        server = litserve.LitServer(api, accelerator=arguments.accelerator, disable_openapi_url=True)
+        print(f"http://{arguments.host}:{arguments.port}/predict answers with {', '.join(restored.class_names[:10])}")
+        server.run(host=arguments.host, port=arguments.port, log_level="warning", generate_client_file=False)
+    except (ValueError, OSError) as error:
+        names.stop(str(error))
+
+
+if __name__ == "__main__":
+    main()
