@@ -362,12 +362,7 @@ class TextDataModule(LightningDataModule):
             "problem_type": self.problem_type,
             "tokenizer": self.tokenizer_name,
             "tokenizer_digest": self.digest(self.tokenizer_state),
-            "tokenizer_files": self.tokenizer_files,
-            "tokenizer_json": self.tokenizer_state,  # with its options, enough to predict from the checkpoint alone
-            "tokenizer_options": {
-                **{name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
-                "model_input_names": list(self.tokenizer.model_input_names),
-            },
+            "tokenizer_files": self.tokenizer_files,  # enough to predict from the checkpoint alone
             "pairs": any("pair" in texts.table.column_names for texts in self.splits.values()),
             "max_length": self.max_length,
             "seed": self.seed,

@@ -9,7 +9,6 @@ arguments, the encoder's configuration, the tokenizer and the names of the class
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from datamodules.batches import evaluation_crop
 from datamodules.pictures import decode
 
 from .parts.encoders import quietly
-from .runs import load_checkpoint, run_of_checkpoint
+from .runs import data_of, encoder_files, load_checkpoint, run_of_checkpoint
 from .text import TextClassifier
 from .vision import VisionClassifier
 
@@ -120,11 +119,13 @@ def restore(path: str | Path) -> Restored:
     left_out = ("optimizer", "schedule")
     saved = checkpoint["hyper_parameters"].items()
     arguments = {name: value for name, value in saved if name not in left_out and not name.startswith("_")}
-    model = vision_model(arguments) if recipe == "vision" else text_model(arguments, made_by["encoder"])
+    data, run, tokenizer = data_of(checkpoint), run_of_checkpoint(str(path)), None
+    if recipe == "vision":  # without pretrained weights: the checkpoint's replace them
+        model: Any = VisionClassifier(**{**arguments, "weights": None, "reinit_blocks": 0, "compile_backbone": False})
+        model.on_load_checkpoint(checkpoint)
+    else:
+        model, tokenizer = text_model(arguments, encoder_files(checkpoint), run)
     model.load_state_dict(checkpoint["state_dict"])
-    states = (state for state in checkpoint.values() if isinstance(state, dict) and "class_names" in state)
-    data = next(states, {})
-    run = run_of_checkpoint(str(path))
     return Restored(
         recipe,
         model.eval(),
@@ -132,51 +133,36 @@ def restore(path: str | Path) -> Restored:
         arguments.get("problem_type", "single_label_classification"),
         data,
         run,
-        tokenizer_of(data, run) if recipe == "text" else None,
+        tokenizer,
     )
 
 
-def vision_model(arguments: dict[str, Any]) -> VisionClassifier:
-    """The model of these arguments, without pretrained weights: the checkpoint's replace them."""
-    return VisionClassifier(**{**arguments, "weights": None, "reinit_blocks": 0, "compile_backbone": False})
-
-
-def text_model(arguments: dict[str, Any], encoder: dict[str, Any]) -> TextClassifier:
-    """The model of these arguments, its encoder built from a configuration: its folder may be gone, the hub far."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(encoder), encoding="utf-8")
-        options = {"encoder": folder, "pretrained": False, "reinit_layers": 0, "gradient_checkpointing": False}
-        return TextClassifier(**{**arguments, **options})
-
-
-def tokenizer_of(data: dict[str, Any], run: Path | None) -> Any:
-    """The tokenizer from the checkpoint, or of one from before they held it, from the run's folder for transformers.
+def text_model(arguments: dict[str, Any], files: dict[str, str], run: Path | None) -> tuple[TextClassifier, Any]:
+    """The model of these arguments and its tokenizer, from the checkpoint: the encoder's folder may be gone.
 
     Args:
-        data: What the data module wrote.
-        run: The folder of the run.
+        arguments: Of the model.
+        files: What the checkpoint holds of the encoder: architecture and tokenizer.
+        run: The folder of the run, whose tokenizer for transformers is taken where the checkpoint holds none.
 
     Raises:
-        ValueError: It is nowhere to be found.
+        ValueError: There is no tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    if "tokenizer_json" in data:
-        from tokenizers import Tokenizer
-
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=Tokenizer.from_str(data["tokenizer_json"]),
-            model_max_length=data["max_length"],
-            **data["tokenizer_options"],
-        )
-    source = str(run / "hf") if run and (run / "hf").is_dir() else data.get("tokenizer")
-    try:
-        with quietly():
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"the checkpoint is from before they held their tokenizer, and there is none at {source}: put it there"
-        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_text(content, encoding="utf-8")
+        options = {"encoder": folder, "pretrained": False, "reinit_layers": 0, "gradient_checkpointing": False}
+        model = TextClassifier(**{**arguments, **options})
+        source = folder if len(files) > 1 else f"{run}/hf"
+        try:
+            with quietly():
+                return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint is from before they held their tokenizer, and there is none at {source}: put it there"
+            ) from error
 
 
 def pixels(file: Any, name: str, size: int) -> Tensor:

@@ -131,12 +131,17 @@ def data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return next((state for state in states if "class_names" in state), {})
 
 
+def encoder_files(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """Name -> content of a folder with the architecture and the tokenizer that a text checkpoint holds."""
+    config = checkpoint.get("recipe", {}).get("encoder")
+    return {"config.json": json.dumps(config), **data_of(checkpoint).get("tokenizer_files", {})} if config else {}
+
+
 def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
-    """A folder with the architecture and the tokenizer that a text checkpoint holds; none, where it holds none."""
-    data = data_of(checkpoint)
-    if "encoder" not in checkpoint.get("recipe", {}) or "tokenizer_files" not in data:
+    """A folder of `encoder_files`; none, where a checkpoint holds no tokenizer."""
+    files = encoder_files(checkpoint)
+    if len(files) < 2:
         return None
-    files = {"config.json": json.dumps(checkpoint["recipe"]["encoder"])} | data["tokenizer_files"]
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(torch.hub.get_dir()).parent / "encoders" / digest
     folder.mkdir(parents=True, exist_ok=True)

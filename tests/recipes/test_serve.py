@@ -111,8 +111,9 @@ def text_checkpoint(folder: Path, **changes: Any) -> Path:
     )
     tokens = {name: torch.tensor(some[name]) for name in ("input_ids", "attention_mask")}
     spread(model.net.classifier, model.eval()(**tokens).detach())
-    options = {**words.special_tokens_map, "model_input_names": words.model_input_names}
-    facts = {"tokenizer_json": words.backend_tokenizer.to_str(), "tokenizer_options": options, "max_length": 32}
+    words.save_pretrained(folder / "words")
+    files = {path.name: path.read_text() for path in (folder / "words").iterdir()}
+    facts = {"tokenizer_files": files, "max_length": 32}
     return save(model, folder / "texts.ckpt", class_names=CLASSES, **facts, **changes)
 
 
