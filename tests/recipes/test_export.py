@@ -72,7 +72,22 @@ def fit_pictures(folder: Path, *options: str) -> Path:
         write_folder(root, ("train", "val", "test"))
     where = [f"--data.root={root}", "--data.batch_size=8", "--data.num_workers=0"]
     cli = vision(["fit", "--data=ImageFolder", *where, *options, *QUIET])
-    return Path(cli.folder) / "checkpoints" / "last.ckpt"
+    return awake(Path(cli.folder) / "checkpoints" / "last.ckpt")
+
+
+@torch.no_grad()
+def awake(checkpoint: Path) -> Path:
+    """After two steps BatchNorm's statistics are far off, and all logits alike: a wrong graph would go unseen."""
+    model = restore(checkpoint).model.train()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    for _ in range(3):
+        model(loading.random_pictures(32, model.backbone.input_size))
+    list(model.head.parameters())[-2].mul_(10)  # the last layer's weights
+    content = load_checkpoint(checkpoint)
+    torch.save({**content, "state_dict": model.state_dict()}, checkpoint)
+    return checkpoint
 
 
 def fit_texts(folder: Path, *options: str, kind: str = "bert", file: Path | None = None) -> Path:
@@ -97,6 +112,7 @@ NETS = {
 def test_pictures_in_every_form(own_folder: Path, net: str, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = fit_pictures(own_folder, *NETS[net])
     restored = restore(checkpoint)
+    assert restored.logits(loading.random_pictures(32, restored.image_size)).std(0).max() > 0.2, "they differ"
     picture(7, 130, 90).save("picture.jpg")
     image = loading.pixels("picture.jpg", "it", restored.image_size)[None].float() / 255
     expected = restored.logits(image)
@@ -106,7 +122,9 @@ def test_pictures_in_every_form(own_folder: Path, net: str, capsys: pytest.Captu
         found = json.loads((folder / "facts.json").read_text())
         assert found["class_names"] == ["class_0", "class_1", "class_2"]
         assert found["check"]["where"] == "of the run's validation split" and found["check"]["samples"] == 24
-        assert found["check"]["agreement"] == 1 and found["check"]["largest_difference"] < 2e-5
+        assert (
+            found["check"]["agreement"] == 1 and found["check"]["largest_difference"] < found["check"]["tolerance"] / 2
+        )
         assert "of the run's validation split, logits differ" in capsys.readouterr().out
         (folder / "picture.jpg").write_bytes(Path("picture.jpg").read_bytes())
         if net == "resnet8" or form == ("onnx" if net == "mobilenet" else "safetensors"):  # a process takes seconds
@@ -130,7 +148,7 @@ def test_texts_in_every_form(own_folder: Path, pooling: str) -> None:
         assert json.loads((folder / "facts.json").read_text())["check"]["samples"] == 3
         if pooling == "model":  # a process takes seconds
             logits, labels = as_a_stranger(folder, form, f"texts = {texts}")
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
             assert labels == [restored.class_names[label] for label in expected.argmax(1).tolist()]
 
 
@@ -270,6 +288,10 @@ def test_a_head_that_no_library_has_goes_by_graph_only(own_folder: Path) -> None
     with pytest.raises(ValueError, match="no other library builds a CosineHead: take --format torch or onnx"):
         export(checkpoint, "safetensors")
     assert export(checkpoint, "torch").is_dir()
+    checkpoint = fit_pictures(own_folder, "--model.backbone=mnasnet0_5", "--model.image_size=32")
+    with pytest.raises(ValueError, match="cannot be loaded by other programs"):  # it asks for more than its weights
+        export(checkpoint, "safetensors")
+    assert not [path for path in checkpoint.parents[1].iterdir() if "safetensors" in path.name]
 
 
 def test_ties_are_no_disagreement_and_other_answers_are() -> None:
@@ -282,12 +304,11 @@ def test_ties_are_no_disagreement_and_other_answers_are() -> None:
             compare(expected, wrong, "single_label_classification")
     with pytest.raises(ValueError, match="50.0 % of the answers"):
         compare(torch.tensor([[9.0, -9.0]]), torch.tensor([[9.0, 9.0]]), "multi_label_classification")
-    assert compare(torch.tensor([[0.0]]), torch.tensor([[1e-6]]), "regression")["agreement"] == 1
+    assert compare(torch.tensor([[0.0]]), torch.tensor([[1e-7]]), "regression")["agreement"] == 1
 
 
 def test_a_folder_called_export_is_no_recipe(own_folder: Path) -> None:
-    file = own_folder / "export" / "text" / "mine.yaml"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    assert recipe_of(str(file)) == "text"
-    assert recipe_of("vision/quickstart") == "vision"
+    (own_folder / "export").mkdir()
+    (own_folder / "export" / "mine.yaml").touch()
+    assert recipe_of("export/mine.yaml") == "vision"
+    assert recipe_of("text/quickstart") == "text"
