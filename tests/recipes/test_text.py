@@ -127,7 +127,7 @@ def test_several_labels_and_scores(options: list[str], own_folder: Path) -> None
     ]
     lines = ['"{}","{}",{}'.format(text, ",".join(filter(None, names)), n % 2) for n, (text, *names) in enumerate(rows)]
     (own_folder / "many.csv").write_text("\n".join(["text,label,score", *lines]))
-    many = ["--data.train_file=many.csv", "--data.problem_type=multi_label_classification", "--trainer.max_epochs=24"]
+    many = ["--data.train_file=many.csv", "--data.problem_type=multi_label_classification", "--trainer.max_epochs=48"]
     cli = main([*options, *many])
     assert cli.model.monitor == ("val/f1", "max") and cli.datamodule.class_names == ["bad", "good", "tale"]
     assert float(cli.trainer.callback_metrics["val/f1"]) > 0.9
