@@ -19,6 +19,10 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
+MOST_FITTED = 10_000  # samples that a temperature is fitted on
+HIGHEST = 20.0  # temperature
+
+
 class ClassScores(NamedTuple):
     """Of each class, `(classes,)`; a score that has no samples to be taken of is 0."""
 
@@ -111,12 +115,16 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """What to divide logits by so that probabilities are as they should be (Guo et al. 2017).
 
-    The loss is convex in 1 / temperature, so halving an interval finds it. The answer lies within 0.05 and 20.
+    The loss is convex in 1 / temperature, so halving an interval finds it, on 10,000 samples at most. The answer lies
+    within 0.05 and 20; at either end there is no best one.
 
     Args:
         logits: `(n, classes)`, of samples that were not trained on.
         labels: `(n,)`.
     """
+    if len(labels) > MOST_FITTED:
+        some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:MOST_FITTED]
+        logits, labels = logits[some], labels[some]
     logits = logits.double()
     true = logits.gather(1, labels[:, None]).squeeze(1)
 
@@ -124,8 +132,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         expected = ((logits * inverse).softmax(1) * logits).sum(1)
         return float((expected - true).mean())
 
-    low, high = 0.05, 20.0
-    for _ in range(50):
+    low, high = 1 / HIGHEST, HIGHEST
+    for _ in range(30):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
     return 1 / math.sqrt(low * high)
@@ -188,6 +196,7 @@ def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor
     intervals = bootstrap(labels, predicted, classes)
     found = calibration(logits.double().softmax(1), labels)
     loss = torch.nn.functional.cross_entropy(logits.double(), labels)
+    found_right = int((predicted == labels).sum())
     majority = int(scores.support.argmax())
     out: dict[str, Any] = {
         "samples": len(labels),
@@ -200,8 +209,12 @@ def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor
         "worst_pairs": worst_pairs(confusion),
         "calibration": found._asdict(),
     }
-    if held_out is not None:
-        temperature = fit_temperature(*held_out)
+    if not 0 < found_right < len(labels):  # drawn with replacement, what is all right is always all right
+        bound = 0.025 ** (1 / len(labels))  # Clopper & Pearson 1934
+        out["accuracy"]["interval"] = (bound, 1.0) if found_right else (0.0, 1 - bound)
+        out["f1"]["interval"] = None
+    temperature = fit_temperature(*held_out) if held_out is not None and len(held_out[1]) else HIGHEST
+    if 1.01 / HIGHEST < temperature < HIGHEST / 1.01:
         scaled = calibration((logits.double() / temperature).softmax(1), labels)
         out["calibration"] |= {"temperature": temperature, "error_with_temperature": scaled.error}
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -24,30 +25,37 @@ class Predictions(NamedTuple):
     rows: Tensor  # int64, (n,), position in the split; -1 where batches have none
     names: list[str]  # of the samples; empty where the data module gives none
 
+    def part(self, chosen: Tensor) -> Predictions:
+        """Those of the samples with a truth value, `(n,)`."""
+        names = [name for name, is_in in zip(self.names, chosen.tolist(), strict=False) if is_in]
+        return Predictions(self.logits[chosen], self.labels[chosen], self.rows[chosen], names)
 
-def classified(outputs: Any, batch: Any, output: Tensor | None) -> Outputs | None:
-    """Logits, labels and indices of a batch, without samples that only fill it up; nothing where these are no classes.
+
+def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | None = None) -> Outputs | None:
+    """Logits, labels and rows of a batch, without samples that only fill it up; nothing where these are no classes.
 
     Args:
         outputs: What the step returned.
         batch: What it was given.
         output: Logits, `(batch, classes)`, where the step returned none.
+        classes: How many there are, where that is known: an output of another width is no logits.
     """
     given = outputs if isinstance(outputs, Mapping) else {}
-    logits = given.get("logits", output)
-    labels = next(
-        (place[key] for place in (given, batch) if isinstance(place, Mapping) for key in LABELS if key in place), None
-    )
-    if labels is None and isinstance(batch, (list, tuple)) and len(batch) > 1:
+    places = [place for place in (given, batch) if isinstance(place, Mapping)]
+    logits = given.get("logits", output if classes is None or output is None or output.shape[1] == classes else None)
+    labels = next((place[key] for place in places for key in LABELS if key in place), None)
+    if labels is None and isinstance(batch, (list, tuple)) and len(batch) == 2:
         labels = batch[1]
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         return None
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(logits):
         return None
-    index = given.get("index", batch.get("index") if isinstance(batch, Mapping) else None)
-    index = torch.full_like(labels, -1) if index is None else index
-    known = labels >= 0
-    return logits[known].detach().float().cpu(), labels[known].cpu(), index[known].cpu()
+    rows = next((place["index"] for place in places if "index" in place), None)
+    if not isinstance(rows, Tensor) or rows.shape != labels.shape or rows.is_floating_point():
+        rows = torch.full_like(labels, -1, dtype=torch.long)
+    labels = labels.long()
+    known = (labels >= 0) & (labels < logits.shape[1])  # 255 is nothing, too, where masks come from
+    return logits[known].detach().float().cpu(), labels[known].cpu(), rows[known].long().cpu()
 
 
 def gathered(parts: Sequence[Outputs], ranks: int) -> Outputs | None:
@@ -61,28 +69,30 @@ def gathered(parts: Sequence[Outputs], ranks: int) -> Outputs | None:
     if not there:
         return None
     logits, labels, index = (torch.cat(column) for column in zip(*there, strict=True))
-    if int(index.min()) >= 0 if len(index) else False:
+    if len(index) and int(index.min()) >= 0:
         order = index.argsort(stable=True)
         first = torch.ones(len(order), dtype=torch.bool)
-        first[1:] = index[order][1:] != index[order][:-1]  # a rank's last batch may be filled up with others' samples
+        if ranks > 1:  # a rank's last batch may be filled up with others' samples
+            first[1:] = index[order][1:] != index[order][:-1]
         logits, labels, index = (column[order[first]] for column in (logits, labels, index))
     return logits, labels, index
 
 
-def save_predictions(path: Path, found: Predictions) -> None:
-    """Write them; another process sees all of the file or nothing."""
+def save_predictions(path: Path, found: Predictions, step: int | None) -> None:
+    """Write them, and the optimiser step that they are of; another process sees all of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = "\0".join(found.names).encode(errors="surrogateescape")
+    names = json.dumps(found.names).encode()
     tensors = {"logits": found.logits, "labels": found.labels, "rows": found.rows}
-    tensors["names"] = torch.frombuffer(bytearray(names or b"\0"), dtype=torch.uint8)
+    tensors["names"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
     beside = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {"step": str(step)})
     beside.replace(path)
 
 
-def load_predictions(path: Path) -> Predictions:
-    """Read what `save_predictions` wrote."""
+def load_predictions(path: Path, step: int | None = None) -> Predictions | None:
+    """Read what `save_predictions` wrote; nothing, where a step is asked for that it is not of."""
     with safe_open(str(path), "pt") as file:
-        logits, labels, index, names = (file.get_tensor(key) for key in ("logits", "labels", "rows", "names"))
-    text = bytes(names.numpy()).decode(errors="surrogateescape")
-    return Predictions(logits, labels, index, text.split("\0") if text != "\0" else [])
+        if step is not None and (file.metadata() or {}).get("step") != str(step):
+            return None
+        logits, labels, rows, names = (file.get_tensor(key) for key in ("logits", "labels", "rows", "names"))
+    return Predictions(logits, labels, rows, json.loads(bytes(names.numpy())))

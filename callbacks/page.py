@@ -84,10 +84,10 @@ def verdict(report: Mapping[str, Any]) -> str:
         text += f" (of {start['samples']:,} samples)" if start["samples"] < found["samples"] else ""
     text += "."
     if low <= base:
-        text += " That is not reliably more than the largest class: it has not been shown to have learnt anything."
+        text += " That is not reliably more than the largest class: see macro F1 and each class before you trust it."
     elif start and low <= start["accuracy"] <= high:
         text += " What the fit adds to its starting point lies within the interval."
-    if split == "validation":
+    if report["chose"]:
         text += " These samples chose the checkpoint, so expect a little less on others."
     return text
 
@@ -130,7 +130,7 @@ def phases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for phase, end in zip(found, ends, strict=True):
         seen = [v["metrics"].get(name) for v in report["curves"]["validations"] if phase["step"] < v["step"] <= end]
         values = [value for value in seen if value is not None]
-        peak = (min(values) if name and "loss" in name else max(values)) if values else None
+        peak = (max if best.get("mode") == "max" else min)(values) if values else None
         rows.append(
             {"step": phase["step"], "open": ", ".join(phase["open"]) or "nothing", "metric": peak, "name": name}
         )
@@ -174,7 +174,14 @@ def inked() -> Any:
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK
     )
     return matplotlib.rc_context(
-        inks | {"font.size": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.6, "legend.frameon": False}
+        inks
+        | {
+            "text.parse_math": False,
+            "font.size": 9,
+            "axes.linewidth": 0.6,
+            "lines.linewidth": 1.6,
+            "legend.frameon": False,
+        }
     )
 
 
@@ -203,13 +210,13 @@ def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str
     words = []
     for report, hue in zip(reports, HUES * len(reports), strict=False):
         run = f"{report['run']} " if len(reports) > 1 else ""
-        points = [(point["step"], point["loss"]) for point in report["curves"]["points"]]
+        points = [(p["step"], p["loss"]) for p in report["curves"]["points"] if p["loss"] is not None]
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, color=hue, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smoothed(losses), color=hue, label=f"{run}training")
             words.append(f"{run}training from {number(losses[0])} to {number(losses[-1])}")
-        validated = valued(report, "val/loss")
+        validated = valued(report, metric_named(report, "loss"))
         if validated:
             steps, losses = zip(*validated, strict=True)
             other = hue if run else HUES[1]
@@ -223,15 +230,14 @@ def draw_metric(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, s
     words, name = [], ""
     for report, hue in zip(reports, HUES * len(reports), strict=False):
         run = f"{report['run']} " if len(reports) > 1 else ""
-        logged = [key for v in report["curves"]["validations"] for key in v["metrics"] if "accuracy" in key]
-        name = (report["best"] or {}).get("monitor") or next(iter(logged), "")
+        name = (report["best"] or {}).get("monitor") or metric_named(report, "acc")
         found = valued(report, name)
         if not found:
             continue
         steps, values = zip(*found, strict=True)
         axes.plot(steps, values, "-o", color=hue, markersize=3, label=f"{run}{name}")
-        best = min(values) if "loss" in name else max(values)
-        words.append(f"{run}{name} from {number(values[0])} to {number(values[-1])}, at best {number(best)}")
+        ends = f"from {number(values[0])} to {number(values[-1])}"
+        words.append(f"{run}{name} {ends}, between {number(min(values))} and {number(max(values))}")
         if not run and "accuracy" in name and report["evaluation"]:
             majority = report["evaluation"]["majority"]["accuracy"]
             axes.axhline(majority, color=INK, linewidth=0.8, linestyle=":", label="largest class")
@@ -243,7 +249,13 @@ def draw_metric(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, s
 def valued(report: Mapping[str, Any], name: str) -> list[tuple[int, float]]:
     """Step and value of a validation metric."""
     validations = report["curves"]["validations"]
-    return [(v["step"], v["metrics"][name]) for v in validations if name in v["metrics"]]
+    return [(v["step"], v["metrics"][name]) for v in validations if v["metrics"].get(name) is not None]
+
+
+def metric_named(report: Mapping[str, Any], word: str) -> str:
+    """The first validation metric whose name has a word in it, such as `val/loss` or `val_loss`."""
+    names = [name for v in report["curves"]["validations"] for name in v["metrics"] if "train" not in name]
+    return next((name for name in names if word in name.lower()), "")
 
 
 def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -253,15 +265,18 @@ def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, st
         return "", ""
     steps = [point["step"] for point in curves["rates"]]
     words = []
-    for number_of, name in enumerate(curves["groups"]):
-        rates = [point["lr"][number_of] for point in curves["rates"]]
+    for name, hue in zip(curves["groups"], HUES * len(curves["groups"]), strict=False):
+        rates = [point["lr"].get(name) for point in curves["rates"]]
+        known = [rate for rate in rates if rate is not None]
+        if not known:
+            continue
         is_open = [opened(reports[0]["phases"], name, step) for step in steps]
-        hue = HUES[number_of % len(HUES)]
-        axes.plot(steps, rates, color=hue, linewidth=0.5, alpha=0.6)
-        shown = [rate if there else float("nan") for rate, there in zip(rates, is_open, strict=True)]
-        axes.plot(steps, shown, color=hue, label=name if len(curves["groups"]) <= 8 else None)
-        words.append(f"{name} {min(rates):.2g} to {max(rates):.2g}")
-    if any(rate > 0 for point in curves["rates"] for rate in point["lr"]):
+        drawn = [float("nan") if rate is None else rate for rate in rates]
+        axes.plot(steps, drawn, color=hue, linewidth=0.5, alpha=0.6)
+        shown = [rate if there else float("nan") for rate, there in zip(drawn, is_open, strict=True)]
+        axes.plot(steps, shown, color=hue, label=written(name) if len(curves["groups"]) <= 8 else None)
+        words.append(f"{name} {min(known):.2g} to {max(known):.2g}")
+    if any(rate for point in curves["rates"] for rate in point["lr"].values()):
         axes.set_yscale("log")
     return "learning rate of each group", "; ".join(words)
 
@@ -302,7 +317,7 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
         axes.spines[["top", "right"]].set_visible(True)
         axes.set(xlabel="predicted", ylabel="true")
         if classes <= FEW:
-            short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+            short = [written(name, 14) for name in names]
             axes.set_xticks(
                 range(classes), short, rotation=90 if classes * max(map(len, short)) > 40 else 0, fontsize=9
             )
@@ -310,6 +325,12 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
         for row, column in counts.nonzero().tolist() if classes <= 12 else ():
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=9)
     return made
+
+
+def written(name: str, most: int = 40) -> str:
+    """A name as matplotlib can write it: names of files may be no text."""
+    name = name.encode("utf-8", "replace").decode()
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def reliability_figure(report: Mapping[str, Any]) -> Any:
@@ -365,8 +386,10 @@ def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
     """The page that holds runs, called A, B and so on, against the first of them, on the same samples."""
     made = [judged(run, report) for run, report in zip(runs, reports, strict=True)]
     first = made[0]
+    same = {report["data"]["digest"] for report in reports}
     for run, other in zip(runs, made, strict=True):
-        if other.names != first.names or not torch.equal(other.labels, first.labels):
+        known = bool(first.names) or (len(same) == 1 and None not in same)
+        if not known or other.names != first.names or not torch.equal(other.labels, first.labels):
             raise ValueError(
                 f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}): compare runs "
                 f"with the same data, seed and split"
@@ -402,7 +425,9 @@ def judged(run: Path, report: Mapping[str, Any]) -> Predictions:
     path = run / "predictions" / f"{report['split']}.safetensors"
     if not report["evaluation"] or not path.is_file():
         raise FileNotFoundError(f"no {path}: only classifiers with their predictions beside the report can be compared")
-    return load_predictions(path)
+    found = load_predictions(path)
+    assert found is not None
+    return found
 
 
 def changed(first: str | None, other: str | None) -> str:

@@ -29,6 +29,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import platform
 import sys
 import time
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 MOST_POINTS = 1000  # of a curve; beyond, every second one is dropped
 START_SHARE = 0.03  # of a fit's samples are looked at before it, at most
+LONGEST_NAME = 500  # characters of a sample's name that the page shows
 BATCH = 32  # samples looked at together, outside of the loops
 
 
@@ -68,8 +70,10 @@ class Report(Callback):
     `module.saliency(batch, classes)` for what they hang on; `module.embed(batch)`, features whose nearest class centre
     before the fit is what its result is compared with.
 
-    Predictions of all ranks are gathered, and held in memory: 4 bytes per sample and class. A curve keeps 500 to 1,000
-    points. A resumed fit goes on with what its checkpoint knows.
+    Predictions of all ranks are gathered, and held in memory: 4 bytes per sample and class. Where batches have no
+    `index`, samples that fill up a rank's last batch count twice. Of several validation loaders the first is looked at.
+    A curve keeps 500 to 1,000 points. A resumed fit goes on with what its checkpoint knows. What cannot be made, a
+    picture or the page, is left out with a warning; the run goes on.
 
     Runs on: fit, validate, test. Touches: files in its folder; figures of TensorBoard; no weights, no random numbers.
 
@@ -96,7 +100,10 @@ class Report(Callback):
             "seconds": 0.0, "samples": 0, "best": None, "trained": None,
         }  # fmt: skip
         self._parts: list[Outputs] = []
+        self._newest: Predictions | None = None
         self._output: Tensor | None = None
+        self._last: Tensor | None = None
+        self._groups: dict[str, tuple[list[nn.Parameter], dict[str, Any]]] = {}
         self._open: tuple[bool, ...] = ()
         self._since = 0.0
 
@@ -104,28 +111,33 @@ class Report(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new fit starts from an empty page."""
+        self._place = self.folder or Path(trainer.log_dir or trainer.default_root_dir)  # ranks ask together
+        self._idle = bool(getattr(trainer, "fast_dev_run", False))
         if stage == "fit":
             self._reset()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the features of before the fit; note the groups."""
-        if trainer.global_step == 0 and trainer.is_global_zero:
-            self.progress["start"] = self._start(trainer, pl_module)
-        self._groups = grouped(trainer.optimizers[0].param_groups) if trainer.optimizers else {}
-        self.progress["groups"] = list(self._groups)
+        """Look at the features of before the fit."""
+        if trainer.global_step == 0 and trainer.is_global_zero and not self._idle:
+            self._kept_file.unlink(missing_ok=True)  # an earlier run's
+            with spared("a look at the start"):
+                self.progress["start"] = self._start(trainer, pl_module)
         self._since = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which groups train, where that has changed, and their rates, which a warm-up holds until the step."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if sum(len(params) for params, _ in self._groups.values()) != sum(len(group["params"]) for group in groups):
+            self._groups = grouped(groups)  # at the start, and where somebody adds a group
+            self.progress["groups"] = list(self._groups)
         now = tuple(any(p.requires_grad for p in params) for params, _ in self._groups.values())
         if now != self._open:
             self._open = now
-            phases, names = self.progress["phases"], list(self._groups)
-            opened = [name for name, is_open in zip(names, now, strict=True) if is_open]
-            if not phases or phases[-1]["open"] != opened:
-                phases.append({"step": trainer.global_step, "open": opened})
-        if self._is_due(trainer, trainer.global_step, "rates"):
-            rates = [float(group["lr"]) for _, group in self._groups.values()]
+            opened = [name for name, is_open in zip(self._groups, now, strict=True) if is_open]
+            if not self.progress["phases"] or self.progress["phases"][-1]["open"] != opened:
+                self.progress["phases"].append({"step": trainer.global_step, "open": opened})
+        if self._is_due(trainer, "rates"):
+            rates = {name: number_or_none(group.get("lr")) for name, (_, group) in self._groups.items()}
             self.progress["rates"].append({"step": trainer.global_step, "lr": rates})
 
     def on_train_batch_end(
@@ -134,24 +146,33 @@ class Report(Callback):
         """Note the loss, every so many steps."""
         self.progress["samples"] += samples_of(batch) * trainer.world_size
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and self._is_due(trainer, trainer.global_step, "points"):
-            value = float(loss.detach()) * trainer.accumulate_grad_batches  # Lightning has divided it
-            self.progress["points"].append({"step": trainer.global_step, "loss": value})
+        self._last = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        if not self.progress["points"] or self._is_due(trainer, "points"):
+            self._note_loss(trainer)
 
-    def _is_due(self, trainer: Trainer, step: int, curve: str) -> bool:
+    def _note_loss(self, trainer: Trainer) -> None:
+        points = self.progress["points"]
+        if self._last is not None and not (points and points[-1]["step"] == trainer.global_step):
+            value = float(self._last) * trainer.accumulate_grad_batches  # Lightning has divided it
+            points.append({"step": trainer.global_step, "loss": number_or_none(value)})
+
+    def _is_due(self, trainer: Trainer, curve: str) -> bool:
         points = self.progress[curve]
         if len(points) >= MOST_POINTS:
             del points[1::2]
             self.progress["every"] *= 2
         every = self.progress["every"] * max(1, min(trainer.log_every_n_steps, 10))  # type: ignore[attr-defined]
-        return step % every == 0 and not (points and points[-1]["step"] == step)
+        return trainer.global_step % every == 0 and not (points and points[-1]["step"] == trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page about the validation samples."""
         self._stop_clock()
+        self._note_loss(trainer)
         self.progress["trained"] = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        if not getattr(trainer, "fast_dev_run", False):
-            self._write(trainer, pl_module, "val", self._kept(trainer))
+        if trainer.is_global_zero:
+            best = self.progress["best"]
+            now = best is not None and best["step"] == trainer.global_step  # the weights are those that answered
+            self._write(trainer, pl_module, "val", self._kept() or self._newest, explained=now)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what there is of a fit that is stopped by hand."""
@@ -190,7 +211,8 @@ class Report(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        found = classified(outputs, batch, self._output)
+        known = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+        found = classified(outputs, batch, self._output, known)
         self._output = None
         if found is not None and not trainer.sanity_checking and dataloader_idx == 0:
             self._parts.append(found)
@@ -202,67 +224,71 @@ class Report(Callback):
         self._unhook()
         if trainer.sanity_checking:
             return
+        found = self._gathered(trainer, "val")
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            self._write(trainer, pl_module, "val", found)
+            return
         metrics = logged(trainer)
-        made = gathered(self._parts, trainer.world_size)
-        self._parts = []
-        if trainer.state.fn == "fit":
-            note = {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
-            self.progress["validations"].append(note)
-            monitor, mode = monitored(trainer)
-            score = metrics.get(monitor or "")
-            best = self.progress["best"]
-            worse = best is not None and score is not None and best["score"] is not None
-            if worse and (score <= best["score"] if mode == "max" else score >= best["score"]):
-                made = None
-            else:
-                self.progress["best"] = {"monitor": monitor, "score": score, **note}
-            self._since = time.monotonic()
-        if trainer.is_global_zero and made is not None:
-            save_predictions(
-                self._place(trainer) / "predictions" / "val.safetensors", self._named(trainer, "val", made)
-            )
-        if trainer.state.fn == "validate":
-            self._write(trainer, pl_module, "val", self._kept(trainer))
+        note = {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
+        self.progress["validations"].append(note)
+        monitor, mode = monitored(trainer)
+        score, best = metrics.get(monitor or ""), self.progress["best"]
+        if best is None or is_better(score, best["score"], mode):
+            self.progress["best"] = {"monitor": monitor, "mode": mode, "score": score, **note}
+            if found is not None and not self._idle:
+                with spared("the validation's predictions"):
+                    save_predictions(self._kept_file, found, trainer.global_step)
+        self._newest = found
+        self._since = time.monotonic()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page about the test samples."""
+        """Write the page about the test samples, or where there are none, about the validation's."""
         self._unhook()
-        made = gathered(self._parts, trainer.world_size)
-        self._parts = []
-        split = "test" if "test" in getattr(trainer.datamodule, "splits", ("test",)) else "val"  # type: ignore[attr-defined]
-        found = None
-        if trainer.is_global_zero and made is not None:
-            found = self._named(trainer, split, made)
-            save_predictions(self._place(trainer) / "predictions" / "test.safetensors", found)
-        self._write(trainer, pl_module, split, found, tested=True)
+        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        split = "val" if isinstance(splits, Mapping) and "val" in splits and "test" not in splits else "test"
+        found = self._gathered(trainer, split)
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module, split, found, held_out=self._kept() if split == "test" else None)
 
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
 
-    def _named(self, trainer: Trainer, split: str, made: Outputs) -> Predictions:
+    def _gathered(self, trainer: Trainer, split: str) -> Predictions | None:
+        """What all ranks collected, with the samples' names; on the first rank alone."""
+        made, self._parts = gathered(self._parts, trainer.world_size), []
+        if made is None or not trainer.is_global_zero:
+            return None
         data: Any = getattr(trainer, "datamodule", None)
-        logits, labels, index = made
-        if not hasattr(data, "sample_names") or len(index) == 0 or int(index[0]) < 0:
-            return Predictions(logits, labels, index, [])
-        name = data.sample_names(split)
-        return Predictions(logits, labels, index, [name(row) for row in index.tolist()])
+        names: list[str] = []
+        if callable(getattr(data, "sample_names", None)) and len(made[2]) and int(made[2].min()) >= 0:
+            with spared("the samples' names"):
+                name = data.sample_names(split)
+                names = [str(name(row)) for row in made[2].tolist()]
+        return Predictions(*made, names)
 
-    def _kept(self, trainer: Trainer) -> Predictions | None:
-        path = self._place(trainer) / "predictions" / "val.safetensors"
-        return load_predictions(path) if trainer.is_global_zero and path.is_file() else None
+    @property
+    def _kept_file(self) -> Path:
+        return self._place / "predictions" / "val.safetensors"
 
-    def _place(self, trainer: Trainer) -> Path:
-        return self.folder or Path(trainer.log_dir or trainer.default_root_dir)
+    def _kept(self) -> Predictions | None:
+        """The validation's predictions at this fit's best epoch."""
+        best = self.progress["best"]
+        return load_predictions(self._kept_file, best["step"]) if best and self._kept_file.is_file() else None
 
     # What is looked at outside of the loops
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Accuracy of the nearest class centre with the features that the fit starts from, by split."""
         data: Any = getattr(trainer, "datamodule", None)
-        offered = hasattr(pl_module, "embed") and hasattr(data, "batch") and "train" in getattr(data, "splits", ())
-        if not offered or (trainer.world_size > 1 and "DDP" not in type(trainer.strategy).__name__):
+        splits = getattr(data, "splits", None)
+        offered = hasattr(pl_module, "embed") and hasattr(data, "batch") and isinstance(splits, Mapping)
+        if (
+            not offered
+            or "train" not in data.splits
+            or (trainer.world_size > 1 and "DDP" not in type(trainer.strategy).__name__)
+        ):
             return {}
         labels, classes = data.splits["train"].labels, data.num_classes
         batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches * trainer.world_size
@@ -273,14 +299,14 @@ class Report(Callback):
         rows = spread(labels, most)
         with aside(trainer, pl_module), torch.no_grad():
             centres = class_centres(self._embedded(trainer, pl_module, "train", rows), labels[rows], classes)
-            found = {}
+            found: dict[str, Any] = {}
             for split in ("val", "test"):
                 if split in data.splits:
                     truth = data.splits[split].labels
                     rows = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))[:most].sort().values
                     guesses = nearest_centre(self._embedded(trainer, pl_module, split, rows), centres)
                     found[split] = {"accuracy": float((guesses == truth[rows]).double().mean()), "samples": len(rows)}
-        return found
+        return found | {"digest": describe_data(data)["digest"]}
 
     def _embedded(self, trainer: Trainer, pl_module: Any, split: str, rows: Tensor) -> Tensor:
         features = []
@@ -295,7 +321,7 @@ class Report(Callback):
         return trainer.precision_plugin.convert_input(batch)
 
     def _gallery(
-        self, trainer: Trainer, pl_module: LightningModule, split: str, found: Predictions
+        self, trainer: Trainer, pl_module: LightningModule, split: str, found: Predictions, explained: bool
     ) -> dict[str, list[dict[str, Any]]]:
         """The surest mistakes and the least certain right answers, with pictures where the data module gives them."""
         probabilities = found.logits.double().softmax(1)
@@ -310,27 +336,32 @@ class Report(Callback):
         for kind, places in chosen.items():
             out[kind] = [
                 {
-                    "name": found.names[place] if found.names else str(int(found.rows[place])),
+                    "name": found.names[place][:LONGEST_NAME] if found.names else f"sample {int(found.rows[place])}",
                     "label": int(found.labels[place]),
                     "predicted": int(predicted[place]),
                     "probability": float(sure[place]),
                 }
                 for place in places.tolist()
             ]
-            if hasattr(trainer.datamodule, "batch") and found.names and len(places):  # type: ignore[attr-defined]
-                shown = self._looked_at(trainer, pl_module, split, found.rows[places].tolist(), predicted[places])
-                for item, more in zip(out[kind], shown, strict=True):
-                    item |= more
+            if hasattr(getattr(trainer, "datamodule", None), "batch") and found.names and len(places):
+                rows, classes = found.rows[places].tolist(), predicted[places] if explained else None
+                with spared("the samples' pictures"):
+                    for item, more in zip(
+                        out[kind], self._looked_at(trainer, pl_module, split, rows, classes), strict=True
+                    ):
+                        item |= more
         return out
 
     def _looked_at(
-        self, trainer: Trainer, pl_module: Any, split: str, rows: list[int], classes: Tensor
+        self, trainer: Trainer, pl_module: Any, split: str, rows: list[int], classes: Tensor | None
     ) -> list[dict[str, Any]]:
-        """For each row its picture, and what the class that was predicted hangs on."""
+        """For each row its picture, and what its class hangs on, where that is given."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with aside(trainer, pl_module), torch.inference_mode(False), torch.enable_grad():
             batch, weights = self._moved(trainer, split, rows), None
-            if hasattr(pl_module, "saliency"):  # a clone, for a tensor made in inference mode takes part in no gradient
+            if classes is not None and hasattr(
+                pl_module, "saliency"
+            ):  # a clone, for a tensor made in inference mode takes part in no gradient
                 with trainer.precision_plugin.forward_context():
                     weights = pl_module.saliency(batch, classes.clone().to(pl_module.device))
         out: list[dict[str, Any]] = [{} for _ in rows]
@@ -355,47 +386,57 @@ class Report(Callback):
         split: str,
         found: Predictions | None,
         *,
-        tested: bool = False,
+        held_out: Predictions | None = None,
+        explained: bool = True,
     ) -> None:
-        if not trainer.is_global_zero:
+        """Make the page; what goes wrong with it costs the page, or a part of it, and never the run."""
+        if self._idle:
             return
-        started, folder = time.monotonic(), self._place(trainer)
-        config = folder / "config.yaml"  # where LightningCLI writes one
-        data: Any = getattr(trainer, "datamodule", None)
-        report: dict[str, Any] = {
-            "version": VERSION,
-            "title": self.facts.get("title", type(pl_module).__name__),
-            "facts": self.facts,
-            "config": config.read_text(encoding="utf-8") if config.is_file() else None,
-            "class_names": [str(name) for name in getattr(data, "class_names", None) or ()],
-            "split": "test" if tested else "val",
-            "evaluation": None,
-            "start": self.progress["start"].get(split),
-            "metrics": self.progress["best"]["metrics"] if not tested and self.progress["best"] else logged(trainer),
-            "curves": {key: self.progress[key] for key in ("points", "validations", "rates", "groups")},
-            "phases": self.progress["phases"],
-            "best": self.progress["best"],
-            "mistakes": [],
-            "uncertain": [],
-            "data": describe_data(data),
-            "cost": self._cost(trainer, pl_module),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "lightning": lightning_version,
-            },
-        }
-        if found is not None and len(found.labels):
-            held_out = self._kept(trainer) if tested else None
-            report["evaluation"] = evaluation(
-                found.logits, found.labels, held_out=(held_out.logits, held_out.labels) if held_out else None
-            )
-            if not report["class_names"]:
-                report["class_names"] = [str(number) for number in range(found.logits.shape[1])]
-            report |= self._gallery(trainer, pl_module, split, found)
-        write_page(report, folder)
-        show_in_tensorboard(trainer, report)
-        log.info("report: %s, made in %.1f s", folder / "report.html", time.monotonic() - started)
+        started, fitted = time.monotonic(), trainer.state.fn == "fit"
+        with spared("the report"):
+            data: Any = getattr(trainer, "datamodule", None)
+            config = self._place / "config.yaml"  # where LightningCLI writes one
+            best, start, described = self.progress["best"], self.progress["start"], describe_data(data)
+            report: dict[str, Any] = {
+                "version": VERSION,
+                "title": self.facts.get("title", type(pl_module).__name__),
+                "facts": self.facts,
+                "config": config.read_text(encoding="utf-8") if config.is_file() else None,
+                "class_names": names_of_classes(data, found),
+                "split": split,
+                "chose": split == "val" and bool(best and best["monitor"]),
+                "evaluation": None,
+                "start": start.get(split) if start.get("digest") == described["digest"] else None,
+                "metrics": best["metrics"] if fitted and best else logged(trainer),
+                "curves": {key: self.progress[key] for key in ("points", "validations", "rates", "groups")},
+                "phases": self.progress["phases"],
+                "best": best,
+                "mistakes": [],
+                "uncertain": [],
+                "data": described,
+                "cost": self._cost(trainer, pl_module),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": str(torch.__version__),
+                    "lightning": lightning_version,
+                },
+            }
+            if found is not None:
+                finite = found.logits.isfinite().all(1)
+                report["data"]["without_numbers"] = int((~finite).sum())
+                found = found.part(finite)
+                if not fitted:
+                    save_predictions(self._place / "predictions" / f"{split}.safetensors", found, None)
+            if found is not None and len(found.labels):
+                other = None if held_out is None else (held_out.logits, held_out.labels)
+                report["evaluation"] = evaluation(found.logits, found.labels, held_out=other)
+                report |= self._gallery(trainer, pl_module, split, found, explained)
+            report = plain(report)
+            write_page(report, self._place)
+            with spared("TensorBoard's pictures"):
+                show_in_tensorboard(trainer, report)
+            seconds = time.monotonic() - started
+            log.info("report: %s, made in %.1f s", self._place / "report.html", seconds)
 
     def _cost(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         seconds, samples = self.progress["seconds"], self.progress["samples"]
@@ -414,7 +455,8 @@ class Report(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was noted so far."""
-        return copy.deepcopy(self.progress)
+        running = time.monotonic() - self._since if self._since else 0.0
+        return copy.deepcopy(self.progress | {"seconds": self.progress["seconds"] + running})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; a test of the checkpoint after the fit that wrote it knows more than the checkpoint."""
@@ -422,7 +464,13 @@ class Report(Callback):
             self.progress = copy.deepcopy(state_dict)
 
 
-# The maths and the files, usable without a Trainer
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """A run is not lost because something of its report cannot be made: it is said, and left out."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("report: %s is left out: %s: %s", what, type(error).__name__, error, exc_info=log.isEnabledFor(10))
 
 
 def spread(labels: Tensor, most: int) -> Tensor:
@@ -440,9 +488,40 @@ def grouped(groups: Sequence[dict[str, Any]]) -> dict[str, tuple[list[nn.Paramet
     """Parameters and first group of each block; `body/no_decay` belongs to `body`."""
     found: dict[str, tuple[list[nn.Parameter], dict[str, Any]]] = {}
     for number, group in enumerate(groups):
-        name = str(group.get("name", f"group {number}")).split("/")[0]
+        name = str(group.get("name", f"group {number}")).removesuffix("/no_decay")
         found.setdefault(name, ([], group))[0].extend(group["params"])
     return found
+
+
+def is_better(score: float | None, best: float | None, mode: str) -> bool:
+    """Whether a score replaces the best: the newest does where there is none, and a number that isn't one never."""
+    if score is None or best is None:
+        return True
+    if math.isnan(score) or math.isnan(best):
+        return not math.isnan(score)
+    return score > best if mode == "max" else score < best
+
+
+def number_or_none(value: Any) -> float | None:
+    """A finite number, or nothing: JSON knows no other."""
+    return float(value) if value is not None and math.isfinite(float(value)) else None
+
+
+def plain(value: Any) -> Any:
+    """The same with nothing in it that JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return number_or_none(value) if isinstance(value, float) else value
+
+
+def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
+    """Those of the data module, if there are as many as the net has outputs; else numbers."""
+    names, wanted = getattr(data, "class_names", None), None if found is None else found.logits.shape[1]
+    if isinstance(names, Sequence) and not isinstance(names, str) and wanted in (None, len(names)):
+        return [str(name) for name in names]
+    return [str(number) for number in range(wanted or 0)]
 
 
 def samples_of(batch: Any) -> int:
@@ -491,20 +570,23 @@ def peak_memory() -> int:
 
 def describe_data(data: Any) -> dict[str, Any]:
     """Counts per split, a digest of which sample is in which, and what was skipped, as far as the data module says."""
-    state = data.state_dict() if data is not None else {}
-    rows = {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in sorted(state.get("split_rows", {}).items())
-    }
-    counts = state.get("counts", {})
+    state: Any = {}
+    if hasattr(data, "state_dict"):
+        with spared("what the data module says of itself"):
+            state = data.state_dict()
+    state = state if isinstance(state, Mapping) else {}
+    counts = {name: int(count) for name, count in dict(state.get("counts") or {}).items() if name != "predict"}
+    rows = {name: torch.as_tensor(some).tolist() for name, some in sorted(dict(state.get("split_rows") or {}).items())}
     digest = hashlib.sha256(json.dumps([counts, rows, state.get("class_names")], default=str).encode()).hexdigest()
-    splits = getattr(data, "splits", {})
+    splits = getattr(data, "splits", None)
+    parts = list(splits.values()) if isinstance(splits, Mapping) else []
     return {
-        "counts": {name: count for name, count in counts.items() if name != "predict"},
+        "counts": counts,
         "digest": digest[:12] if counts else None,
         "seed": state.get("seed"),
-        "skipped": sorted(getattr(data, "skipped", ())),
-        "skipped_rows": sum(getattr(part, "skipped", 0) for part in splits.values()) if splits else 0,
+        "skipped": sorted(map(str, getattr(data, "skipped", None) or ())),
+        "skipped_rows": sum(int(getattr(part, "skipped", 0)) for part in parts),
+        "without_numbers": 0,
     }
 
 
@@ -513,7 +595,8 @@ def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str
     import matplotlib
     import matplotlib.image
 
-    image = image.detach().float().cpu().clamp(0, 1)
+    image = image.detach().float().cpu().clamp(0, 1)[:3]  # of more channels the first three
+    image = image[:1] if len(image) == 2 else image
     if max(image.shape[1:]) > side:
         scale = side / max(image.shape[1:])
         image = nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
@@ -528,13 +611,16 @@ def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, and `report.html` from it."""
+    """Write `report.json`, a line for each of its keys, and `report.html` from it."""
     from .page import render
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    for name, content in (("report.json", text), ("report.html", render(json.loads(text)))):
-        (folder / name).write_text(f"{content}\n", encoding="utf-8", errors="backslashreplace")
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in report.items()
+    ]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    (folder / "report.html").write_text(f"{render(report)}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def show_in_tensorboard(trainer: Trainer, report: Mapping[str, Any]) -> None:

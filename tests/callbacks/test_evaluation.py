@@ -129,9 +129,24 @@ def test_runs_that_agree_cannot_be_told_apart() -> None:
 
 def test_one_sample_and_a_class_that_is_only_said() -> None:
     found = evaluation(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
-    assert found["accuracy"] == {"value": 0, "interval": (0, 0)} and found["f1"]["value"] == 0
+    assert found["accuracy"] == {"value": 0, "interval": (0, pytest.approx(0.975))} and found["f1"]["value"] == 0
     scores = class_scores(confusion_matrix(torch.tensor([0]), torch.tensor([1]), 3))
     assert not torch.stack(scores[:3]).any() and scores.support.tolist() == [1, 0, 0]
+
+
+def test_all_right_is_not_surely_all_right() -> None:
+    logits = torch.eye(2).repeat(5, 1)
+    found = evaluation(logits, logits.argmax(1))
+    low, high = stats.binomtest(10, 10).proportion_ci(0.95)  # two-sided; ours has all of the 5 % below
+    assert found["accuracy"]["interval"] == (pytest.approx(low, abs=1e-3), high) and found["f1"]["interval"] is None
+
+
+def test_a_temperature_without_a_best_value_is_left_out() -> None:
+    logits, labels = made()
+    surely = 100 * torch.nn.functional.one_hot(labels, 7).float()
+    nothing = logits[:0], labels[:0]
+    for held_out in (None, nothing, (surely, labels)):
+        assert "temperature" not in evaluation(logits, labels, held_out=held_out)["calibration"]
 
 
 def test_the_nearest_centre_goes_by_direction() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from sklearn import metrics
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from callbacks import ExactResume, GradualUnfreezing, Report
 from callbacks.outputs import Predictions, classified, load_predictions, save_predictions
 from callbacks.page import main as report_of
 from callbacks.page import render
-from callbacks.report import MOST_POINTS, as_uri, grouped, spread
+from callbacks.report import MOST_POINTS, as_uri, grouped, is_better, plain, spread
 from recipes.text import main as text
 from recipes.vision import main as vision
 from tests.nets import Net, data, fit, quiet
@@ -45,6 +45,12 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
+def loaded(path: Path) -> Predictions:
+    found = load_predictions(path)
+    assert found is not None
+    return found
+
+
 def check_page(folder: Path) -> str:
     """One file, without scripts and without anything from elsewhere; every drawing has words beside it."""
     content = (folder / "report.html").read_text()
@@ -64,7 +70,7 @@ def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None
     assert read(own_folder / "page")["split"] == "val"
     trainer = quiet(callbacks=[report])
     trainer.test(net, data(40, seed=5), verbose=False)
-    found, kept = read(own_folder / "page"), load_predictions(own_folder / "page" / "predictions" / "test.safetensors")
+    found, kept = read(own_folder / "page"), loaded(own_folder / "page" / "predictions" / "test.safetensors")
     assert found["split"] == "test" and found["evaluation"]["samples"] == 40
     assert torch.equal(kept.labels, torch.arange(40) % 4)
     net.eval()
@@ -75,14 +81,14 @@ def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None
     assert found["evaluation"]["accuracy"]["value"] == metrics.accuracy_score(kept.labels, said)
     assert found["evaluation"]["confusion"] == metrics.confusion_matrix(kept.labels, said).tolist()
     assert len(found["curves"]["points"]) > 2 and found["class_names"] == ["0", "1", "2", "3"]
-    assert found["start"] is None and found["mistakes"][0]["name"] == "-1"
+    assert found["start"] is None and found["mistakes"][0]["name"] == "sample -1"
     check_page(own_folder / "page")
 
 
 def test_the_quickstarts_page_says_what_was_measured() -> None:
     cli = vision([*QUICK, "--test", "--trainer.max_epochs=4"])
     found = read(cli.folder)
-    kept = load_predictions(cli.folder / "predictions" / "test.safetensors")
+    kept = loaded(cli.folder / "predictions" / "test.safetensors")
     said = kept.logits.argmax(1)
     assert found["cost"]["trained"] == found["cost"]["parameters"] == 74_965
     tested = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
@@ -99,7 +105,7 @@ def test_the_quickstarts_page_says_what_was_measured() -> None:
     assert {item["name"] for item in found["mistakes"]} <= {kept.names[place] for place in wrong}
     assert len(found["mistakes"]) == min(12, len(wrong)) and len(found["uncertain"]) == 12
     assert all(item["picture"] != item["saliency"] for item in found["mistakes"] + found["uncertain"])
-    val = load_predictions(cli.folder / "predictions" / "val.safetensors")
+    val = loaded(cli.folder / "predictions" / "val.safetensors")
     assert metrics.accuracy_score(val.labels, val.logits.argmax(1)) == pytest.approx(max(values), abs=1e-6)
     assert "temperature" in found["evaluation"]["calibration"]
     content = check_page(cli.folder)
@@ -146,6 +152,14 @@ def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path) -> None:
     check_page(own_folder / "page")
 
 
+@pytest.mark.filterwarnings("ignore")  # forked in a test
+def test_two_ranks_agree_on_the_trainers_own_folder(own_folder: Path) -> None:
+    logger = CSVLogger(own_folder, name="logs", version="0")
+    fit([Report()], max_epochs=1, logger=logger, strategy="ddp_fork", devices=2, limit_val_batches=2)
+    found = read(own_folder / "logs" / "0")
+    assert found["evaluation"]["samples"] == 8 and found["cost"]["devices"] == 2
+
+
 def test_tensorboard_has_the_matrix_and_the_classes(own_folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,9 +183,10 @@ def some(classes: int, samples: int = 300, **changes: Any) -> dict[str, Any]:
     cost = {"seconds": 0, "samples_per_second": None, "memory_gb": 1, "device": "x", "devices": 1, "precision": "32"}
     report = {
         "version": 1, "title": "net on data", "facts": {}, "config": None, "split": "test", "start": None,
+        "chose": False,
         "class_names": [f"class {n}" for n in range(classes)], "evaluation": evaluation(logits, labels), "metrics": {},
         "curves": curves, "phases": [], "best": None, "mistakes": [], "uncertain": [],
-        "data": {"counts": {}, "digest": None, "seed": None, "skipped": [], "skipped_rows": 0},
+        "data": {"counts": {}, "digest": None, "seed": None, "skipped": [], "skipped_rows": 0, "without_numbers": 0},
         "cost": cost | {"parameters": 5, "trained": 4}, "versions": {},
     }  # fmt: skip
     return report | changes
@@ -241,7 +256,7 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
         runs.append(cli.folder)
     page = report_of(runs, own_folder / "comparison.html")
     content = page.read_text()
-    first, second = (load_predictions(run / "predictions" / "test.safetensors") for run in runs)
+    first, second = (loaded(run / "predictions" / "test.safetensors") for run in runs)
     right = [found.logits.argmax(1) == found.labels for found in (first, second)]
     gain = 100 * float(right[1].double().mean() - right[0].double().mean())
     assert f"{gain:+.1f} points of accuracy" in content and "McNemar" in content
@@ -265,6 +280,10 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
         (None, (torch.zeros(2, 5), torch.zeros(2)), None),
         (None, (torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.long)), None),
         ({"logits": torch.zeros(2, 1), "label": torch.tensor([0, 0])}, None, None),
+        (None, (torch.zeros(2, 5), torch.tensor([1, 0], dtype=torch.int32)), [1, 0]),
+        (None, {"x": 0, "y": torch.tensor([1, 255])}, [1]),
+        (None, {"x": 0, "y": torch.tensor([1, 2]), "index": ["a.jpg", "b.jpg"]}, [1, 2]),
+        (None, (torch.zeros(2, 5), torch.tensor([5, 5]), torch.tensor([1, 0])), None),
     ],
 )
 def test_where_logits_and_labels_are_looked_for(outputs: Any, batch: Any, found: list[int] | None) -> None:
@@ -273,13 +292,16 @@ def test_where_logits_and_labels_are_looked_for(outputs: Any, batch: Any, found:
 
 
 def test_predictions_come_back_as_they_were(own_folder: Path) -> None:
-    names = ["a/ä.jpg", "b\udce9.jpg", "two\nlines"]
+    names = ["a/ä.jpg", "b\udce9.jpg", "two\nlines\0"]
     one = Predictions(torch.randn(3, 2), torch.tensor([0, 1, 1]), torch.arange(3), names)
-    save_predictions(own_folder / "p" / "x.safetensors", one)
-    other = load_predictions(own_folder / "p" / "x.safetensors")
+    save_predictions(own_folder / "p" / "x.safetensors", one, 7)
+    assert load_predictions(own_folder / "p" / "x.safetensors", 8) is None, "of another step"
+    other = loaded(own_folder / "p" / "x.safetensors")
     assert other.names == names and all(torch.equal(*pair) for pair in zip(one[:3], other[:3], strict=True))
-    save_predictions(own_folder / "x.safetensors", one._replace(names=[]))
-    assert load_predictions(own_folder / "x.safetensors").names == []
+    save_predictions(own_folder / "x.safetensors", one._replace(names=[]), None)
+    assert loaded(own_folder / "x.safetensors").names == []
+    chosen = one.part(torch.tensor([True, False, True]))
+    assert chosen.names == [names[0], names[2]] and chosen.rows.tolist() == [0, 2]
 
 
 def test_a_curve_stays_short(own_folder: Path) -> None:
@@ -298,5 +320,140 @@ def test_small_things() -> None:
     one, two = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups = grouped([{"name": "a", "params": [one]}, {"name": "a/no_decay", "params": [two]}, {"params": []}])
     assert list(groups) == ["a", "group 2"] and groups["a"][0] == [one, two]
+    assert list(grouped([{"name": "a/weight", "params": []}, {"name": "a/bias", "params": []}])) == [
+        "a/weight",
+        "a/bias",
+    ]
+    assert is_better(1.0, None, "max") and is_better(0.5, 1.0, "min") and not is_better(float("nan"), 1.0, "min")
+    assert is_better(1.0, float("nan"), "max") and is_better(None, 1.0, "max") and not is_better(1.0, 1.0, "max")
+    assert plain({"a": (float("inf"), 1.5), 2: "x"}) == {"a": [None, 1.5], "2": "x"}
     picture = as_uri(torch.rand(1, 300, 200), torch.rand(7, 7))
     assert picture.startswith("data:image/jpeg;base64,") and len(picture) < 10_000
+
+
+def test_an_output_of_another_width_is_no_logits() -> None:
+    batch = (torch.zeros(2, 5), torch.tensor([1, 0]))
+    assert classified(None, batch, torch.zeros(2, 16), classes=3) is None
+    assert classified(None, batch, torch.zeros(2, 3), classes=3) is not None
+
+
+class Odd:
+    """What a stranger's data module may be."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"class_names": ["a"]},
+        {"class_names": {0: "cat"}},
+        {"sample_names": ["a", "b"]},
+        {"splits": (0.8, 0.2)},
+        {"splits": None},
+        {"state_dict": lambda: None},
+        {"state_dict": lambda: 1 / 0},
+    ],
+    ids=["few names", "names by number", "a list of names", "shares", "no splits", "no state", "a state that raises"],
+)
+def test_whatever_a_strangers_data_module_is(odd: dict[str, Any], own_folder: Path) -> None:
+    from lightning.pytorch import LightningDataModule
+
+    class Module(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return data(8)
+
+        val_dataloader = test_dataloader = train_dataloader
+
+    module = Module()
+    vars(module).update(odd)
+    report = Report("page")
+    trainer = quiet(callbacks=[report], max_epochs=1)
+    trainer.fit(Net(), module)
+    trainer.test(Net(), module, verbose=False)
+    assert read(own_folder / "page")["class_names"] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "broken", ["callbacks.page.render", "callbacks.report.evaluation", "callbacks.report.save_predictions"]
+)
+def test_a_page_that_cannot_be_made_costs_no_run(
+    broken: str, monkeypatch: pytest.MonkeyPatch, own_folder: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(broken, fail)
+    report = Report("page")
+    net = fit([report], max_epochs=2)
+    quiet(callbacks=[report]).test(net, data(8), verbose=False)
+    assert len(report.progress["validations"]) == 2
+    if broken == "callbacks.page.render":
+        assert read(own_folder / "page")["evaluation"], "the facts are written before the page"
+
+
+def test_a_saliency_that_fails_costs_the_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("of memory")
+
+    monkeypatch.setattr("recipes.vision.grad_cam", fail)
+    found = read(vision([*QUICK, "--test", "--trainer.max_epochs=1"]).folder)
+    assert found["uncertain"] and "picture" not in found["uncertain"][0]
+
+
+def test_other_data_are_not_held_against_the_start_nor_a_validation_called_a_test(own_folder: Path) -> None:
+    from tests.conftest import write_folder
+
+    options = ["--data=ImageFolder", "--model.weights=null", "--model.image_size=32", "--data.batch_size=4"]
+    first, second = (
+        str(write_folder(own_folder / name, ("train", "val"), each=60 - 20 * n)) for n, name in enumerate("ab")
+    )
+    cli = vision(
+        [*QUICK, *options, f"--data.root={first}", "--test", "--trainer.max_epochs=16", "--data.val_share=0.5"]
+    )
+    found = read(cli.folder)
+    assert found["start"] is not None and found["split"] == "test" and not found["chose"]
+    best = str(cli.folder / "checkpoints" / "best.ckpt")
+    other = vision(["test", "--ckpt_path", best, f"--data.root={second}", "--trainer.enable_progress_bar=false"])
+    found = read(other.folder)
+    assert found["start"] is None and found["evaluation"]["samples"] == 120
+    assert set(found["metrics"]) == {"test/loss", "test/accuracy", "test/f1"}
+
+
+def test_names_that_a_picture_cannot_write_as_they_are(own_folder: Path) -> None:
+    names = ["$10_$20", "caf\udce9", "x" * 300]
+    (own_folder / "report.html").write_text(render(some(3, class_names=names)), errors="backslashreplace")
+    assert "$10_$20" in check_page(own_folder)
+
+
+def test_numbers_that_are_none_are_left_out(own_folder: Path) -> None:
+    class Broken(Net):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self(batch[0])
+            logits[0, 0] = torch.inf
+            return {"logits": logits, "label": batch[1]}
+
+    quiet(callbacks=[Report("page")]).test(Broken(), data(8), verbose=False)
+    found = read(own_folder / "page")
+    assert found["data"]["without_numbers"] == 2 and found["evaluation"]["samples"] == 6
+    assert "2 samples whose logits" in check_page(own_folder / "page")
+
+
+def test_an_earlier_run_in_the_same_folder_is_not_this_one(own_folder: Path) -> None:
+    fit([Report("page")], max_epochs=1)
+    assert read(own_folder / "page")["evaluation"]
+    fit([Report("page")], max_epochs=1, limit_val_batches=0)
+    assert read(own_folder / "page")["evaluation"] is None
+    before = (own_folder / "page" / "report.json").read_text()
+    fit([Report("page")], fast_dev_run=True)
+    assert (own_folder / "page" / "report.json").read_text() == before
+
+
+def test_the_clock_and_the_last_point_survive() -> None:
+    report = Report("page")
+    fit([report], max_epochs=1, log_every_n_steps=50)
+    assert [point["step"] for point in report.progress["points"]] == [1, 10, 12]
+    other = Report("page")
+    other.load_state_dict(report.state_dict())
+    assert other.progress["seconds"] == report.progress["seconds"] > 0
