@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import callbacks as package
 from callbacks import EWC, GradualUnfreezing, LRWarmup
 from tests.nets import Net, quiet
+from tests.test_layout import REPORT
 
 HOME = Path(package.__file__ or "").parent
 
@@ -139,6 +140,8 @@ def test_each_file_alone_in_an_empty_project(own_folder: Path) -> None:
     """Copied one by one into a folder where nothing else of this collection can be imported."""
     lines = [SCRIPT]
     for path in sorted(HOME.glob("[a-z]*.py")):
+        if path.name in REPORT:
+            continue
         (own_folder / path.stem).mkdir()
         shutil.copy(path, own_folder / path.stem)
         lines.append(
@@ -147,6 +150,17 @@ def test_each_file_alone_in_an_empty_project(own_folder: Path) -> None:
     (own_folder / "script.py").write_text("\n".join([*lines, "print('all of them work')"]))
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
     assert "all of them work" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_reports_files_together_in_an_empty_project(own_folder: Path) -> None:
+    """Copied into a package of the stranger's own."""
+    (own_folder / "mine").mkdir()
+    for name in (*REPORT, "page.html", "page.css", "comparison.html"):
+        shutil.copy(HOME / name, own_folder / "mine")
+    use = "from mine.report import Report\nfit(Report('page'))\nprint(open('page/report.html').read()[:15])"
+    (own_folder / "script.py").write_text(f"{SCRIPT}\nsys.path.insert(0, '.')\n{use}")
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
+    assert "<!doctype html>" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", "ignore:No seed found")
