@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder
+from datamodules.batches import sample_transform
 from datamodules.images import ImageDataModule
 from datamodules.pictures import decode
 from datamodules.splits import grouped_split, hold_out, limit_per_class, stratified_split
@@ -81,6 +83,21 @@ def test_augmentation_and_order_are_functions_of_seed_and_epoch(every: dict[str,
 
         assert torch.equal(epoch(3), epoch(3)), name
         assert not torch.equal(epoch(3), epoch(4)), name
+
+
+def test_the_standard_augmentation_is_torchvisions() -> None:
+    steps = [v2.PILToTensor(), v2.RandomResizedCrop(64, scale=(0.35, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    theirs, ours = v2.Compose(steps), sample_transform("standard", 64, train=True)
+    mirrored = []
+    for seed in range(20):
+        made = picture(seed, 90 + seed, 120)
+        torch.manual_seed(seed)
+        expected = theirs(made)
+        torch.manual_seed(seed)
+        found = ours(made)
+        assert torch.equal(found, expected)
+        mirrored.append(float(torch.rand(())))
+    assert len(set(mirrored)) == 20, "as many random numbers were drawn"
 
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
