@@ -1,4 +1,4 @@
-"""Lightning callbacks for fine-tuning; each file stands alone, but for report.py, which is read in five pieces."""
+"""Lightning callbacks for fine-tuning; each file stands alone, but for report.py and its four siblings."""
 
 from .averaging import EMA, Interpolation
 from .clipping import AGC, AutoClip

@@ -6,6 +6,7 @@ matplotlib, whose ink follows the page's, light or dark; each has its numbers be
 
 from __future__ import annotations
 
+import base64
 import difflib
 import io
 import json
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
 
 from .evaluation import mcnemar, paired_bootstrap
 from .outputs import Predictions, load_predictions
-from .report import write_page
 
 HUES = ["#3f83c8", "#d9822b", "#3f9b6c", "#c8553d", "#8d6bbd", "#7f8a94", "#b39a2f", "#3aa0a8"]  # on white and on black
 INK = "#010203"  # stands for the page's own colour
@@ -353,6 +355,48 @@ def reliability_figure(report: Mapping[str, Any]) -> Any:
         axes.plot([x for x, *_ in filled], [y for _, y, _ in filled], "-o", color=HUES[0], markersize=4)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of the answer", ylabel="share that is right")
     return made
+
+
+def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str:
+    """A picture `(3, height, width)` in [0, 1] as a JPEG in a data address; with weights, heat over its grey."""
+    import matplotlib
+    import matplotlib.image
+
+    image = image.detach().float().cpu().clamp(0, 1)[:3]  # of more channels the first three
+    image = image[:1] if len(image) == 2 else image
+    if max(image.shape[1:]) > side:
+        scale = side / max(image.shape[1:])
+        image = nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
+    pixels = image.expand(3, -1, -1).permute(1, 2, 0)
+    if weights is not None:
+        heat = nn.functional.interpolate(weights.detach().float().cpu()[None, None], pixels.shape[:2], mode="bilinear")
+        colours = torch.from_numpy(matplotlib.colormaps["inferno"](heat[0, 0].numpy()))[..., :3].float()
+        pixels = 0.4 * pixels.mean(2, keepdim=True) + 0.6 * colours
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, pixels.clamp(0, 1).numpy(), format="jpeg", pil_kwargs={"quality": 80})
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def write_page(report: Mapping[str, Any], folder: Path) -> None:
+    """Write `report.json`, a line for each of its keys, and `report.html` from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in report.items()
+    ]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    (folder / "report.html").write_text(f"{render(report)}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def show_in_tensorboard(trainer: Trainer, report: Mapping[str, Any]) -> None:
+    """The confusion matrix and the table of classes, where there is a TensorBoard."""
+    for logger in trainer.loggers:
+        board: Any = getattr(logger, "experiment", None)
+        if report["evaluation"] and hasattr(board, "add_figure"):
+            board.add_figure(f"{report['split']}/confusion", confusion_figure(report), trainer.global_step)
+            rows = [f"|{'|'.join(map(str, row.values()))}|" for row in class_rows(report)]
+            table = "\n".join(["|class|precision|recall|F1|samples|", "|---|---|---|---|---|", *rows])
+            board.add_text(f"{report['split']}/classes", table, trainer.global_step)
 
 
 # A run's page again, and several runs against each other

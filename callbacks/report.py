@@ -7,45 +7,55 @@ The page is a function of `report.json`, whose keys are:
     facts        what the program around the callback adds, plain values by name: model, commands, doctor, ...
     config       the text of config.yaml in the folder; none where there is none
     class_names  in the order of the labels
-    split        test or val: whose samples the rest is about; none where a net's outputs are no classes
+    split        test or val: whose samples the rest is about
+    chose        whether these samples chose the checkpoint
     evaluation   of `callbacks.evaluation.evaluation`: accuracy and macro F1 with 95 % intervals, loss, majority class,
-                 scores per class, confusion matrix, worst pairs, calibration
+                 scores per class, confusion matrix, worst pairs, calibration; none where outputs are no classes
     start        accuracy of the nearest class centre on the features of before the fit, and on how many samples
     metrics      every number that the module logged for that split
     curves       points {step, loss}; validations {step, epoch, metrics}; rates {step, lr per group}; groups
     phases       {step, open: groups that train from there on}
+    best         the validation whose predictions are kept: {monitor, mode, score, step, epoch, metrics}
     mistakes     the surest wrong answers: {name, label, predicted, probability, picture, saliency, pieces}
     uncertain    the least certain right ones, the same
-    data         counts per split, digest of the split, what was skipped
+    data         counts per split, digest of the split, what was skipped or has no finite logits
     cost         seconds of the fit, samples per second while training, most memory in GB, device, precision
     versions     of Python and the libraries
 """
 
 from __future__ import annotations
 
-import base64
 import copy
-import hashlib
-import io
-import json
 import logging
-import math
 import platform
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
-from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 from .evaluation import class_centres, evaluation, nearest_centre
+from .facts import (
+    aside,
+    describe_data,
+    grouped,
+    is_better,
+    logged,
+    monitored,
+    names_of_classes,
+    number_or_none,
+    peak_memory,
+    plain,
+    samples_of,
+    spared,
+    spread,
+)
 from .outputs import Outputs, Predictions, classified, gathered, load_predictions, save_predictions
+from .page import as_uri, show_in_tensorboard, write_page
 
 log = logging.getLogger(__name__)
 
@@ -462,175 +472,3 @@ class Report(Callback):
         """Go on from there; a test of the checkpoint after the fit that wrote it knows more than the checkpoint."""
         if not self.progress["validations"]:
             self.progress = copy.deepcopy(state_dict)
-
-
-@contextmanager
-def spared(what: str) -> Iterator[None]:
-    """A run is not lost because something of its report cannot be made: it is said, and left out."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("report: %s is left out: %s: %s", what, type(error).__name__, error, exc_info=log.isEnabledFor(10))
-
-
-def spread(labels: Tensor, most: int) -> Tensor:
-    """Rows of at most so many samples, as equally many of each class as there are; `(n,)`, ascending."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    seen: dict[int, int] = {}
-    turn = []
-    for label in labels[order].tolist():
-        turn.append(seen.get(label, 0))
-        seen[label] = turn[-1] + 1
-    return order[torch.tensor(turn).argsort(stable=True)[:most]].sort().values
-
-
-def grouped(groups: Sequence[dict[str, Any]]) -> dict[str, tuple[list[nn.Parameter], dict[str, Any]]]:
-    """Parameters and first group of each block; `body/no_decay` belongs to `body`."""
-    found: dict[str, tuple[list[nn.Parameter], dict[str, Any]]] = {}
-    for number, group in enumerate(groups):
-        name = str(group.get("name", f"group {number}")).removesuffix("/no_decay")
-        found.setdefault(name, ([], group))[0].extend(group["params"])
-    return found
-
-
-def is_better(score: float | None, best: float | None, mode: str) -> bool:
-    """Whether a score replaces the best: the newest does where there is none, and a number that isn't one never."""
-    if score is None or best is None:
-        return True
-    if math.isnan(score) or math.isnan(best):
-        return not math.isnan(score)
-    return score > best if mode == "max" else score < best
-
-
-def number_or_none(value: Any) -> float | None:
-    """A finite number, or nothing: JSON knows no other."""
-    return float(value) if value is not None and math.isfinite(float(value)) else None
-
-
-def plain(value: Any) -> Any:
-    """The same with nothing in it that JSON does not know."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return number_or_none(value) if isinstance(value, float) else value
-
-
-def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
-    """Those of the data module, if there are as many as the net has outputs; else numbers."""
-    names, wanted = getattr(data, "class_names", None), None if found is None else found.logits.shape[1]
-    if isinstance(names, Sequence) and not isinstance(names, str) and wanted in (None, len(names)):
-        return [str(name) for name in names]
-    return [str(number) for number in range(wanted or 0)]
-
-
-def samples_of(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
-
-
-def logged(trainer: Trainer) -> dict[str, float]:
-    """Every number that the module has logged, without those of single classes."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if "accuracy_of/" not in name}
-
-
-def monitored(trainer: Trainer) -> tuple[str | None, str]:
-    """The metric that the first checkpoint callback with one goes by, and whether it is to rise."""
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "monitor", None):
-            return callback.monitor, getattr(callback, "mode", "min")  # type: ignore[attr-defined]
-    return None, "min"
-
-
-@contextmanager
-def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Evaluate for a moment: random numbers, modes and the trainer's stage are as before afterwards."""
-    modes = {module: module.training for module in pl_module.modules()}
-    stage, device = trainer.state.stage, pl_module.device
-    trainer.state.stage = RunningStage.VALIDATING
-    pl_module.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        trainer.state.stage = stage
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held in memory; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-
-
-def describe_data(data: Any) -> dict[str, Any]:
-    """Counts per split, a digest of which sample is in which, and what was skipped, as far as the data module says."""
-    state: Any = {}
-    if hasattr(data, "state_dict"):
-        with spared("what the data module says of itself"):
-            state = data.state_dict()
-    state = state if isinstance(state, Mapping) else {}
-    counts = {name: int(count) for name, count in dict(state.get("counts") or {}).items() if name != "predict"}
-    rows = {name: torch.as_tensor(some).tolist() for name, some in sorted(dict(state.get("split_rows") or {}).items())}
-    digest = hashlib.sha256(json.dumps([counts, rows, state.get("class_names")], default=str).encode()).hexdigest()
-    splits = getattr(data, "splits", None)
-    parts = list(splits.values()) if isinstance(splits, Mapping) else []
-    return {
-        "counts": counts,
-        "digest": digest[:12] if counts else None,
-        "seed": state.get("seed"),
-        "skipped": sorted(map(str, getattr(data, "skipped", None) or ())),
-        "skipped_rows": sum(int(getattr(part, "skipped", 0)) for part in parts),
-        "without_numbers": 0,
-    }
-
-
-def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str:
-    """A picture `(3, height, width)` in [0, 1] as a JPEG in a data address; with weights, heat over its grey."""
-    import matplotlib
-    import matplotlib.image
-
-    image = image.detach().float().cpu().clamp(0, 1)[:3]  # of more channels the first three
-    image = image[:1] if len(image) == 2 else image
-    if max(image.shape[1:]) > side:
-        scale = side / max(image.shape[1:])
-        image = nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
-    pixels = image.expand(3, -1, -1).permute(1, 2, 0)
-    if weights is not None:
-        heat = nn.functional.interpolate(weights.detach().float().cpu()[None, None], pixels.shape[:2], mode="bilinear")
-        colours = torch.from_numpy(matplotlib.colormaps["inferno"](heat[0, 0].numpy()))[..., :3].float()
-        pixels = 0.4 * pixels.mean(2, keepdim=True) + 0.6 * colours
-    buffer = io.BytesIO()
-    matplotlib.image.imsave(buffer, pixels.clamp(0, 1).numpy(), format="jpeg", pil_kwargs={"quality": 80})
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def write_page(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, a line for each of its keys, and `report.html` from it."""
-    from .page import render
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in report.items()
-    ]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
-    (folder / "report.html").write_text(f"{render(report)}\n", encoding="utf-8", errors="backslashreplace")
-
-
-def show_in_tensorboard(trainer: Trainer, report: Mapping[str, Any]) -> None:
-    """The confusion matrix and the table of classes, where there is a TensorBoard."""
-    from .page import class_rows, confusion_figure
-
-    for logger in trainer.loggers:
-        board: Any = getattr(logger, "experiment", None)
-        if report["evaluation"] and hasattr(board, "add_figure"):
-            board.add_figure(f"{report['split']}/confusion", confusion_figure(report), trainer.global_step)
-            rows = [f"|{'|'.join(map(str, row.values()))}|" for row in class_rows(report)]
-            table = "\n".join(["|class|precision|recall|F1|samples|", "|---|---|---|---|---|", *rows])
-            board.add_text(f"{report['split']}/classes", table, trainer.global_step)

@@ -15,10 +15,11 @@ from sklearn import metrics
 from torch import Tensor, nn
 
 from callbacks import ExactResume, GradualUnfreezing, Report
+from callbacks.facts import grouped, is_better, plain, spread
 from callbacks.outputs import Predictions, classified, load_predictions, save_predictions
+from callbacks.page import as_uri, render
 from callbacks.page import main as report_of
-from callbacks.page import render
-from callbacks.report import MOST_POINTS, as_uri, grouped, is_better, plain, spread
+from callbacks.report import MOST_POINTS
 from recipes.text import main as text
 from recipes.vision import main as vision
 from tests.nets import Net, data, fit, quiet
