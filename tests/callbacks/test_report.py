@@ -211,15 +211,18 @@ def test_what_comes_from_outside_is_escaped(own_folder: Path) -> None:
     assert "alert" in check_page(own_folder)
 
 
+class Regression(Net):
+    """Learns a score."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0])[:, 0] - batch[1]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        self.log("val/mse", (self(batch[0])[:, 0] - batch[1]).square().mean())
+        return {"logits": self(batch[0])[:, :1], "label": batch[1]}
+
+
 def test_a_score_has_curves_and_no_classes(own_folder: Path) -> None:
-    class Regression(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return (self(batch[0])[:, 0] - batch[1]).square().mean()
-
-        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-            self.log("val/mse", (self(batch[0])[:, 0] - batch[1]).square().mean())
-            return {"logits": self(batch[0])[:, :1], "label": batch[1]}
-
     fit([Report("page")], Regression())
     found = read(own_folder / "page")
     assert found["evaluation"] is None and "val/mse" in found["metrics"]
@@ -446,9 +449,25 @@ def test_an_earlier_run_in_the_same_folder_is_not_this_one(own_folder: Path) -> 
     assert read(own_folder / "page")["evaluation"]
     fit([Report("page")], max_epochs=1, limit_val_batches=0)
     assert read(own_folder / "page")["evaluation"] is None
+    fit([Report("page")], max_epochs=1)
+    fit([Report("page")], Regression(), max_epochs=1)
+    assert read(own_folder / "page")["evaluation"] is None, "not even after as many steps"
     before = (own_folder / "page" / "report.json").read_text()
     fit([Report("page")], fast_dev_run=True)
     assert (own_folder / "page" / "report.json").read_text() == before
+
+
+def test_the_page_is_about_the_best_epoch(own_folder: Path) -> None:
+    class Scripted(Net):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val/error", [1.0, 0.5, float("nan"), 0.7][self.current_epoch])
+
+    keep = ModelCheckpoint(dirpath=own_folder, monitor="val/error", filename="best")
+    fit([Report("page"), keep], Scripted(), enable_checkpointing=True, num_sanity_val_steps=0)
+    found = read(own_folder / "page")
+    assert found["best"]["epoch"] == 1 and found["best"]["score"] == 0.5 and found["chose"]
+    assert load_predictions(own_folder / "page" / "predictions" / "val.safetensors", found["best"]["step"])
+    assert found["mistakes"] + found["uncertain"] and "saliency" not in found["uncertain"][0]
 
 
 def test_the_clock_and_the_last_point_survive() -> None:
