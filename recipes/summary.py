@@ -72,6 +72,8 @@ def report_facts(cli: RecipeCLI) -> dict[str, Any]:
         commands["the same run again"] = f"{run} fit --config {at}/config.yaml"
         commands["go on after an interruption"] = f"{run} fit --ckpt_path {at}/checkpoints/last.ckpt"
         commands["predict"] = f"{run} predict --ckpt_path {at}/checkpoints/best.ckpt"
+        if cli.recipe in ("vision", "text"):
+            commands["export"] = f"python -m recipes.export {at}/checkpoints/best.ckpt --format onnx"
     facts: dict[str, Any] = {
         "title": f"{model_name(cli.model)} on {type(cli.datamodule).__name__}",
         "recipe": cli.recipe,

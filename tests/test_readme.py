@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -13,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import PAGES, PARTS, filled
-from recipes import names
+from recipes import names, text, vision
+from tests.conftest import write_folder
 from tests.nets import Net, data
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -71,6 +75,49 @@ def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) >= 0.57, "more than a count of words finds"
+
+
+QUICK = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.enable_progress_bar=false"
+TINY = {  # what makes a command of README small, and what needs no network
+    "folder_resnet50": f"{QUICK} --model.weights=null --model.image_size=64 --data.num_workers=0 --data.batch_size=4",
+    "csv_minilm": f"{QUICK} --model.encoder=docstrings_bert",
+    "csv_bert": f"{QUICK} --model.encoder=docstrings_bert",
+}
+ELSEWHERE = ("recipes.serve", "text/quickstart")  # these have tests of their own
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands name: pictures, texts, and a finished run of each recipe."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_folder(folder / "path/to/pictures", (), each=8)
+    write_folder(folder / "path/to/new", (), each=2)
+    rows = "".join(f"word {n} of many,{n % 2}\n" for n in range(40))
+    (folder / "my.csv").write_text(f"review,stars\n{rows}")
+    (folder / "new.txt").write_text("one text\nanother\n")
+    root = f"--trainer.default_root_dir={folder}"
+    for number in (1, 2):
+        run = vision.main(["fit", "--config", "vision/quickstart", *QUICK.split(), root])
+        run.folder.rename(folder / f"run{number}")
+    csv = [f"--data.train_file={folder / 'my.csv'}", "--data.text_column=review", "--data.label_column=stars"]
+    words = text.main(["fit", "--config", "text/csv_minilm", *TINY["csv_minilm"].split(), *csv, root])
+    shutil.copy(folder / "run1" / "checkpoints" / "best.ckpt", folder / "vision.ckpt")
+    shutil.copy(words.folder / "checkpoints" / "best.ckpt", folder / "text.ckpt")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m recipes") and not any(w in c for w in ELSEWHERE)]
+)
+def test_every_command_runs(command: str, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(prepared)
+    made = command.replace("runs/vision/quickstart/<time>", "run1").replace("runs/vision/quickstart/<later>", "run2")
+    made = made.replace("best.ckpt", "text.ckpt" if "recipes.text" in made else "vision.ckpt")
+    made += "".join(f" {options}" for name, options in TINY.items() if f"/{name}" in made and " fit " in made)
+    module, *arguments = shlex.split(made)[2:]
+    with contextlib.suppress(SystemExit) if "doctor" in arguments else contextlib.nullcontext():
+        importlib.import_module("recipes.__main__" if module == "recipes" else module).main(arguments)
 
 
 def test_every_config_and_key_that_is_named_exists() -> None:

@@ -20,7 +20,9 @@ from callbacks.outputs import Predictions, classified, load_predictions, save_pr
 from callbacks.page import as_uri, render
 from callbacks.page import main as report_of
 from callbacks.report import MOST_POINTS
+from datamodules import Digits
 from recipes.text import main as text
+from recipes.vision import VisionClassifier
 from recipes.vision import main as vision
 from tests.nets import Net, data, fit, quiet
 
@@ -468,6 +470,22 @@ def test_the_page_is_about_the_best_epoch(own_folder: Path) -> None:
     assert found["best"]["epoch"] == 1 and found["best"]["score"] == 0.5 and found["chose"]
     assert load_predictions(own_folder / "page" / "predictions" / "val.safetensors", found["best"]["step"])
     assert found["mistakes"] + found["uncertain"] and "saliency" not in found["uncertain"][0]
+
+
+def test_looking_at_the_start_changes_no_training() -> None:
+    class Draws(VisionClassifier):
+        def embed(self, batch: Any) -> Tensor:
+            torch.rand(3)  # as a net does that is random in evaluation, too
+            return super().embed(batch)
+
+    nets = []
+    for callbacks in ([], [Report("page")]):
+        torch.manual_seed(0)
+        net = Draws(10, backbone="resnet8", image_size=8, head_dropout=0.5)
+        quiet(callbacks=callbacks, max_epochs=3).fit(net, Digits(image_size=8, batch_size=64))
+        nets.append(net)
+    assert callbacks[0].progress["start"]
+    assert all(torch.equal(*pair) for pair in zip(*(net.state_dict().values() for net in nets), strict=True))
 
 
 def test_the_clock_and_the_last_point_survive() -> None:
