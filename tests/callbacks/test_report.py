@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from callbacks import ExactResume, GradualUnfreezing, Report
 from callbacks.facts import grouped, is_better, plain, spread
-from callbacks.outputs import Predictions, classified, load_predictions, save_predictions
+from callbacks.outputs import Predictions, classified, gathered, load_predictions, save_predictions
 from callbacks.page import as_uri, render
 from callbacks.page import main as report_of
 from callbacks.report import MOST_POINTS
@@ -335,6 +335,18 @@ def test_small_things() -> None:
     assert plain({"a": (float("inf"), 1.5), 2: "x"}) == {"a": [None, 1.5], "2": "x"}
     picture = as_uri(torch.rand(1, 300, 200), torch.rand(7, 7))
     assert picture.startswith("data:image/jpeg;base64,") and len(picture) < 10_000
+
+
+def test_what_fills_up_a_ranks_last_batch_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = torch.eye(3), torch.tensor([0, 1, 2]), torch.tensor([0, 2, 4])
+    theirs = torch.eye(3), torch.tensor([0, 1, 0]), torch.tensor([1, 3, 0])  # of five samples, the first again
+
+    def gather(everyone: list[Any], one: Any) -> None:
+        everyone[:] = [one, theirs]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    made = gathered([mine], 2)
+    assert made is not None and made[2].tolist() == [0, 1, 2, 3, 4] and made[1].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_an_output_of_another_width_is_no_logits() -> None:

@@ -32,6 +32,19 @@ def test_the_map_is_bright_where_the_class_is_seen() -> None:
     assert torch.equal(heat[0] > 0, images[0, 0] > 0) and heat.max() == 1
 
 
+def test_the_map_is_of_the_class_that_is_asked_for() -> None:
+    colours = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+    for module in colours:
+        with torch.no_grad():
+            module.weight.copy_(torch.eye(3)[..., None, None])
+    backbone = nn.Sequential(colours, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.zeros(1, 3, 8, 8)
+    images[0, 0, :, 1], images[0, 2, :, 6] = 1, 1  # red on the left, blue on the right
+    for label, columns in ((0, [1]), (2, [6])):
+        heat = grad_cam(backbone, nn.Identity(), images, torch.tensor([label]))
+        assert heat[0].amax(0).nonzero().flatten().tolist() == columns
+
+
 def test_one_convolution_is_patches_and_gives_gradient_times_input() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(64, 5))
     images = torch.zeros(1, 3, 32, 32)
