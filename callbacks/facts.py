@@ -136,7 +136,7 @@ def describe_data(data: Any) -> dict[str, Any]:
     rows = {name: torch.as_tensor(some).tolist() for name, some in sorted(dict(state.get("split_rows") or {}).items())}
     digest = hashlib.sha256(json.dumps([counts, rows, state.get("class_names")], default=str).encode()).hexdigest()
     splits = getattr(data, "splits", None)
-    parts = list(splits.values()) if isinstance(splits, Mapping) else []
+    parts = {id(part): part for part in splits.values()}.values() if isinstance(splits, Mapping) else ()
     return {
         "counts": counts,
         "digest": digest[:12] if counts else None,

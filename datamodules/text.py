@@ -207,7 +207,7 @@ class TextDataModule(LightningDataModule):
             single = self.problem_type == "single_label_classification"
             classes = train.labels if single else torch.zeros(len(train), dtype=torch.long)
             kept, held_out = hold_out(classes, self.val_share, self.fold, self.seed)
-            splits["train"], splits["val"] = train.part(kept), train.part(held_out)
+            splits["train"], splits["val"] = train.part(kept), replace(train.part(held_out), skipped=0)  # counted once
         elif "train" in splits and self.fold is not None:
             raise ValueError("data.fold: this data set has a validation split of its own")
         if "train" in splits and self.limit_per_class is not None:

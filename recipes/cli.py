@@ -188,6 +188,11 @@ class RecipeCLI(LightningCLI):
         now = flatten(config.model.as_dict())
         for key, old in flatten({k: v for k, v in saved.items() if not k.startswith("_")}).items():
             if key in now and plain(now[key]) != plain(old):
+                if key == "backbone" and subcommand == "fit":
+                    names.stop(
+                        f"--ckpt_path goes on with a {old}, and model.backbone is {now[key]}: leave one of them out, "
+                        f"or start afresh with --model.weights"
+                    )
                 log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
         if subcommand != "fit":
             without_weights(config.model)  # the checkpoint's are about to replace them
@@ -213,7 +218,7 @@ class RecipeCLI(LightningCLI):
             kwargs["logger"] = [CSVLogger(**where)]
             if self.subcommand == "fit":
                 kwargs["logger"].append(TensorBoardLogger(**where, default_hp_metric=False))
-        given: list[Callback] = list(config["callbacks"] or [])
+        given = latest(config["callbacks"] or [])
         if any(isinstance(callback, LearningRateFinder) for callback in given):
             names.stop(
                 "LearningRateFinder gives every parameter group the same rate, and here they differ by block: leave "
@@ -293,7 +298,12 @@ class RecipeCLI(LightningCLI):
         tested = None
         if self.config[self.subcommand].test:
             best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-            tested = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+            try:
+                found = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+            except (ValueError, OSError):  # a test that fails does not hide the fit
+                print_summary(self)
+                raise
+            tested = found
         print_summary(self, tested=tested[0] if tested else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -309,6 +319,21 @@ class RecipeCLI(LightningCLI):
         print_summary(self)
 
     after_test = after_predict = after_validate
+
+
+def latest(given: Sequence[Callback]) -> list[Callback]:
+    """Of callbacks that can't be together the last: what the command line adds takes the place of the config's."""
+    kept: list[Callback] = []
+    for place, callback in enumerate(given):
+        later = given[place + 1 :]
+        opens = isinstance(callback, callbacks.GradualUnfreezing)
+        if any(other.state_key == callback.state_key for other in later) or (
+            opens and any(isinstance(other, callbacks.Freeze) for other in later)
+        ):
+            log.info("callbacks: the config's %s gives way to what is added", type(callback).__name__)
+        else:
+            kept.append(callback)
+    return kept
 
 
 def started() -> float:

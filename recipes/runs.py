@@ -64,7 +64,11 @@ def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
     for position, word in enumerate(args):
         path = word.removeprefix("--ckpt_path=") if "=" in word else args[position + 1 : position + 2]
         if word.split("=")[0] == "--ckpt_path" and path:
-            run = run_of_checkpoint(path if isinstance(path, str) else path[0])
+            file = path if isinstance(path, str) else path[0]
+            whose = load_checkpoint(file).get("recipe", {}).get("name") if Path(file).is_file() else None
+            if whose not in (None, recipe):
+                raise ValueError(f"checkpoint {file} is of recipes.{whose}: recipes.{recipe} can't open it")
+            run = run_of_checkpoint(file)
             if run:
                 log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
                 return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
@@ -165,6 +169,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).splitlines()[0]
+        if "weights_only" in reason:  # torch's advice would run what is in it
+            reason = "it is none, is damaged, or holds more than these"
         raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
     return content
 

@@ -46,7 +46,11 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
             rows.append(("best", f"{model.monitor[0]} {float(score):.4f}, of {steps}"))
     figures = tested if tested is not None else metrics if cli.subcommand in ("validate", "test") else {}
     if figures:
-        rows.append((next(iter(figures)).split("/")[0], describe_metrics(figures)))
+        split = next(iter(figures)).split("/")[0]
+        there = split != "test" or "test" in getattr(data, "splits", ("test",))
+        rows.append(
+            (split, describe_metrics(figures)) if there else ("val", f"{describe_metrics(figures)}; no test split")
+        )
         worst = sorted((v, k.split("/")[-1]) for k, v in figures.items() if "accuracy_of/" in k)[:3]
         if worst:
             rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
@@ -103,7 +107,8 @@ def describe_data(data: Any) -> str:
     if not counts and "predict" in splits:
         counts = f"{len(splits['predict'].labels)} to predict"
     text = f"{type(data).__name__}, {data.num_classes} classes; {counts}"
-    skipped = len(getattr(data, "skipped", ())) + sum(getattr(part, "skipped", 0) for part in splits.values())
+    parts = {id(part): part for part in splits.values()}.values()
+    skipped = len(getattr(data, "skipped", ())) + sum(getattr(part, "skipped", 0) for part in parts)
     return f"{text}; {skipped} skipped that cannot be read" if skipped else text
 
 
