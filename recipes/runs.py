@@ -67,7 +67,7 @@ def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
             file = path if isinstance(path, str) else path[0]
             whose = load_checkpoint(file).get("recipe", {}).get("name") if Path(file).is_file() else None
             if whose not in (None, recipe):
-                raise ValueError(f"checkpoint {file} is of recipes.{whose}: recipes.{recipe} can't open it")
+                raise ValueError(f"checkpoint {file} is of {whose}: recipes.{recipe} can't open it")
             run = run_of_checkpoint(file)
             if run:
                 log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")

@@ -328,7 +328,7 @@ def test_a_checkpoint_alone_says_what_it_cannot_do(
             "has no config.yaml of its run beside it: say what to predict with --data.predict_root",
         ),
         (vision.main, "nowhere.ckpt", "no checkpoint nowhere.ckpt"),
-        (text.main, checkpoint, "recipes.text can't open it"),
+        (text.main, checkpoint, "is of vision: recipes.text can't open it"),
     ):
         with pytest.raises(SystemExit):
             main(["predict", "--ckpt_path", str(path), *QUIET])

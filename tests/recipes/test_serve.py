@@ -105,7 +105,8 @@ def vision_checkpoint(folder: Path) -> Path:
 def text_checkpoint(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     words = tokenizer()
-    model = TextClassifier(3, encoder=str(tiny_encoder(folder / "bert")))
+    encoder = tiny_encoder(folder / "bert", initializer_range=0.5)  # texts differ, and need no large factor below
+    model = TextClassifier(3, encoder=str(encoder))
     some = words(
         [sentence(number % 2, number // 2, number % 30) for number in range(50)], padding=True, truncation=True
     )
@@ -203,8 +204,8 @@ def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
             continue
         assert status == 200, answer
         assert answer["label"] == CLASSES[int(expected["label"][number])]
-        assert answer["probability"] == pytest.approx(float(expected["probability"][number]), abs=5e-4)
-        assert list(answer["probabilities"].values()) == pytest.approx(everything[number].tolist(), abs=5e-4)
+        assert answer["probability"] == pytest.approx(float(expected["probability"][number]), abs=1e-4)
+        assert list(answer["probabilities"].values()) == pytest.approx(everything[number].tolist(), abs=1e-4)
 
 
 def test_texts_at_once_and_what_is_none(texts: Server) -> None:
@@ -215,7 +216,7 @@ def test_texts_at_once_and_what_is_none(texts: Server) -> None:
     assert torch.pdist(expected).median() > 0.02, "they are distinct"
     for (status, answer), row in zip(found, expected, strict=True):
         assert status == 200
-        assert list(answer["probabilities"].values()) == pytest.approx(row.tolist(), abs=5e-4)
+        assert list(answer["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-4)
     for body in ("", "{", "[1]", '{"text": 3}', '{"text": "  "}', r'{"text": "\ud800"}', b"\xff", "[" * 100_000):
         status, answer = texts.post(body)
         assert status in (400, 422) and '{"text": "..."}' in answer["detail"], body
@@ -305,7 +306,7 @@ def test_samples_from_bodies() -> None:
 def test_answers_of_every_problem() -> None:
     logits = torch.tensor([[2.0, -1.0, 1.0]])
     (several,) = answers(logits, CLASSES, "multi_label_classification")
-    assert several["labels"] == ["a", "c"] and several["probabilities"]["b"] == pytest.approx(0.2689, abs=5e-4)
+    assert several["labels"] == ["a", "c"] and several["probabilities"]["b"] == pytest.approx(0.2689, abs=1e-4)
     assert answers(logits[:, :1], ["stars"], "regression") == [{"score": 2.0}]
 
 
