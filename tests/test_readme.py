@@ -83,6 +83,14 @@ TINY = {  # what makes a command of README small, and what needs no network
     "csv_minilm": f"{QUICK} --model.encoder=docstrings_bert",
     "csv_bert": f"{QUICK} --model.encoder=docstrings_bert",
 }
+LEAVES = {  # what a command of README is typed for
+    "recipes doctor": "doctor.json",
+    "<later>": "comparison.html",
+    "new.csv": "new.csv",
+    "new.parquet": "new.parquet",
+    "recipes.export": "vision_onnx/README.md",
+    "recipes copy": "mine.yaml",
+}
 ELSEWHERE = ("recipes.serve", "text/quickstart")  # these have tests of their own
 
 
@@ -110,7 +118,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("python -m recipes") and not any(w in c for w in ELSEWHERE)]
 )
-def test_every_command_runs(command: str, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(
+    command: str, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(prepared)
     made = command.replace("runs/vision/quickstart/<time>", "run1").replace("runs/vision/quickstart/<later>", "run2")
     made = made.replace("best.ckpt", "text.ckpt" if "recipes.text" in made else "vision.ckpt")
@@ -118,6 +128,9 @@ def test_every_command_runs(command: str, prepared: Path, monkeypatch: pytest.Mo
     module, *arguments = shlex.split(made)[2:]
     with contextlib.suppress(SystemExit) if "doctor" in arguments else contextlib.nullcontext():
         importlib.import_module("recipes.__main__" if module == "recipes" else module).main(arguments)
+    assert capsys.readouterr().out.strip(), "it says what it did"
+    for word, file in LEAVES.items():
+        assert word not in command or (prepared / file).is_file(), file
 
 
 def test_every_config_and_key_that_is_named_exists() -> None:
