@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -61,6 +62,16 @@ def metrics_of(problem_type: str, num_classes: int, prefix: str) -> MetricCollec
         return score_metrics(prefix)
     make = multi_label_metrics if problem_type == "multi_label_classification" else classification_metrics
     return make(num_classes, prefix)
+
+
+def answers(problem_type: str, logits: Tensor) -> Tensor:
+    """What these metrics are given of logits `(batch, outputs)`: probabilities of labels, scores `(batch,)`.
+
+    torchmetrics takes logits of several labels for probabilities, batch by batch, if all lie between 0 and 1.
+    """
+    if problem_type == "multi_label_classification":
+        return logits.sigmoid()
+    return logits.squeeze(1) if problem_type == "regression" else logits
 
 
 def per_class_counts(num_classes: int) -> MulticlassStatScores:
