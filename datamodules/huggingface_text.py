@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 
 from .huggingface import load_splits
+from .labels import (
+    label_numbers,
+    label_problem,
+    learn_classes,
+    positions,
+    several_labels,
+    several_numbers,
+    width_of_indicators,
+)
 from .sampling import IGNORED
-from .text import TextDataModule, Texts, label_numbers
+from .text import TextDataModule, Texts
 
 
 class HuggingFaceTexts(TextDataModule):
@@ -64,18 +74,45 @@ class HuggingFaceTexts(TextDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The ClassLabel's names; else the sorted values of the training split."""
+        """The ClassLabel's names; else the training texts' labels, numbers in numerical order."""
         if self.label_column is None:
             return []
         if self.problem_type == "regression":
             return [self.label_column]
+        if self.names_of_feature is not None:
+            return list(self.names_of_feature)
+        values = self.labels_of("train")
+        if self.problem_type == "single_label_classification":
+            return learn_classes(values)
+        width = width_of_indicators(values)
+        return (
+            [str(label) for label in range(width)] if width else learn_classes(one for some in values for one in some)
+        )
+
+    @cached_property
+    def names_of_feature(self) -> list[str] | None:
+        """Names of the label column's ClassLabel, or of the one that its lists hold, if it is one."""
         feature = self.tables["train"].features[self.label_column]
-        feature = getattr(feature, "feature", feature)
-        if hasattr(feature, "names"):
-            return list(feature.names)
-        values = self.tables["train"].data[self.label_column].to_pylist()
-        found = {one for value in values for one in (value if isinstance(value, list) else [value])}
-        return [str(value) for value in sorted(found)]
+        names: list[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
+        return names
+
+    def place(self, split: str) -> Callable[[int], str]:
+        """Names a row of a split."""
+        return lambda row: f"{self.source['path']}, split {self.split_names[split]!r}, row {row}"
+
+    def labels_of(self, split: str) -> list[Any]:
+        """A split's labels as they are stored; one that is missing, or of another kind, is an error."""
+        values: list[Any] = self.tables[split].data[self.label_column].to_pylist()
+        for row, value in enumerate(values):
+            if self.problem_type == "regression":
+                problem = "" if value is not None and math.isfinite(float(value)) else f"the score is {value}"
+            elif self.problem_type == "single_label_classification":
+                problem = label_problem(value)
+            else:
+                values[row], problem = several_labels(value, ",")
+            if problem:
+                raise ValueError(f"{self.place(split)(row)}: {problem}")
+        return values
 
     def read_splits(self) -> dict[str, Texts]:
         """Labels into memory; texts stay in the memory-mapped table."""
@@ -85,23 +122,25 @@ class HuggingFaceTexts(TextDataModule):
         """A split; an empty text is an error that names its row."""
         import pyarrow.compute  # comes with datasets
 
-        where = f"{self.source['path']}, split {self.split_names[split]!r}, row"
+        where = self.place(split)
         for column in self.text_columns:
             empty = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(table.data[column]), "").fill_null(True)
             if (first := empty.index(True).as_py()) >= 0:
-                raise ValueError(f"{where} {first}: the text is empty")
+                raise ValueError(f"{where(first)}: the text is empty")
         names = dict(zip(self.text_columns, ("text", "pair"), strict=False))
         texts = table.select_columns(self.text_columns).rename_columns(names)
         if self.label_column is None:
             return Texts(texts, torch.full((len(texts),), IGNORED))
-        values = table.data[self.label_column].to_pylist()
+        values = self.labels_of(split)
         if self.problem_type == "regression":
-            return Texts(texts, torch.tensor(values, dtype=torch.float32))
-        known = self.class_names
+            return Texts(texts, torch.tensor([float(value) for value in values]))
+        read = label_numbers if self.names_of_feature is None else positions
         if self.problem_type == "single_label_classification":
-            return Texts(texts, label_numbers([str(value) for value in values], known, lambda row: f"{where} {row}"))
-        hot = torch.zeros(len(values), len(known))
-        rows = np.repeat(np.arange(len(values)), [len(value) for value in values])
-        flat = [str(one) for value in values for one in value]
-        hot[rows, label_numbers(flat, known, lambda at: f"{where} {rows[at]}")] = 1
+            return Texts(texts, read(values, self.class_names, where))
+        if self.names_of_feature is None:
+            indicators = width_of_indicators(self.labels_of("train")) is not None
+            return Texts(texts, several_numbers(values, self.class_names, where, indicators=indicators))
+        hot = torch.zeros(len(values), len(self.class_names))
+        rows = [row for row, some in enumerate(values) for _ in some]
+        hot[rows, positions([one for some in values for one in some], self.class_names, lambda at: where(rows[at]))] = 1
         return Texts(texts, hot)

@@ -98,6 +98,7 @@ class TextDataModule(LightningDataModule):
     """
 
     sample_kind = "text"  # what `sample_names` gives
+    names_learnt = False  # whether given class names are what an earlier fit learnt: labels never count in these
     predict_from = 0  # batches of each rank that are predicted already, and not given again
 
     def __init__(
@@ -551,20 +552,3 @@ def histogram(lengths: npt.ArrayLike) -> str:
     bars = "".join("▁▂▃▄▅▆▇█"[int(7 * count / counts.max())] for count in counts)
     median, most = np.percentile(lengths, (50, 95))
     return f"{median:.0f} tokens in the median, {most:.0f} at 95 %, {lengths.max()} at most, 0 {bars} {edges[-1]:.0f}"
-
-
-def label_numbers(values: Sequence[str], class_names: Sequence[str], where: Callable[[int], str]) -> Tensor:
-    """Class number of each label, `(n,)`; a label is the name of a class, or its number.
-
-    Raises:
-        ValueError: A label is not among the classes; says where.
-    """
-    number = {str(label): label for label in range(len(class_names))}
-    number |= {name: label for label, name in enumerate(class_names)}
-    unseen = next((row for row, value in enumerate(values) if value not in number), None)
-    if unseen is not None:
-        raise ValueError(
-            f"{where(unseen)}: label {values[unseen]!r} is not among the classes of the training texts, "
-            f"{', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}"
-        )
-    return torch.tensor([number[value] for value in values], dtype=torch.long)

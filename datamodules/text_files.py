@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
-import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +15,21 @@ import numpy as np
 import torch
 
 from .archives import digest
+from .labels import (
+    check_separator,
+    label_numbers,
+    label_problem,
+    learn_classes,
+    several_labels,
+    several_numbers,
+    spelling,
+    width_of_indicators,
+)
 from .sampling import IGNORED
-from .text import MANY, TextDataModule, Texts, cached_table, label_numbers, progress_bars
+from .text import MANY, TextDataModule, Texts, cached_table, progress_bars
+from .text_rows import expand, is_text, rows_of
 
-READER = 1  # part of the cache's key: to be raised when the same file is read otherwise
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+READER = 2  # part of the cache's key: to be raised when the same file is read otherwise
 
 
 class TextFiles(TextDataModule):
@@ -31,11 +38,14 @@ class TextFiles(TextDataModule):
     Contents, licence, source: yours. Formats by their endings: `.csv` and `.tsv` with a header, `.jsonl` with an
     object a line, `.parquet`; `.txt` with a text a line and no labels. Splits: a file each, or several by a list or
     pattern; without one for validation, `val_share` of the training texts is held out, in each class alike.
-    Classes are fixed by the training texts: in numerical order where all are whole numbers, else in alphabetical.
-    Several labels of one text are a list, or a word with `label_separator` between them; a score is a number.
+    Classes are the training texts' labels, numbers in numerical order, then words in alphabetical. A number is a name
+    like any other and `1.0` the same as `1`; a label that no training text has is an error, whatever `on_error` says.
+    Several labels of one text are a list, a word with `label_separator` between them, or 0 and 1 for each class; a
+    score is a number.
 
     A row that cannot be right (a text that is empty or not UTF-8, a field too many or too few, no label) is an error
-    that names file and line, or is skipped and counted; `left_out` lists these.
+    that names file and line, or is skipped and counted; `left_out` lists these. A double quote that is not closed
+    costs its own row, not those below it.
 
     Args:
         train_file: File, pattern such as `data/*.csv`, or a list of them.
@@ -45,10 +55,12 @@ class TextFiles(TextDataModule):
         text_column: Column of the text, or the two columns of a pair.
         label_column: Column of the label; None for texts without.
         label_separator: Between several labels of one text.
-        class_names: Names of the classes, in the order of the training texts' labels. `None`: the labels themselves.
-        quoted: Whether a field may be in double quotes, with separators and line breaks in it. `None`: in CSV, not
-            in TSV.
-        encoding: Of CSV, TSV, JSON lines and text.
+        class_names: Names of the classes; labels are these, or whole numbers that count in them from 0, unless one of
+            the names is a number itself. `None`: the training texts' labels.
+        separator: Between fields. `None`: a comma in CSV, a tab in TSV.
+        quoted: Whether a field may be in double quotes, with separators and line breaks in it. `None`: in CSV, and in
+            TSV where the file's beginning shows it.
+        encoding: Of CSV, TSV, JSON lines and text; a byte order mark counts more.
         on_error: What to do with a row that cannot be right: `raise`, or `skip` it and count it. `None`: skip among
             the texts to predict, else raise.
         **kwargs: Those of `TextDataModule`.
@@ -64,6 +76,7 @@ class TextFiles(TextDataModule):
         label_column: str | None = "label",
         label_separator: str = ",",
         class_names: list[str] | None = None,
+        separator: str | None = None,
         quoted: bool | None = None,
         encoding: str = "utf-8",
         on_error: Literal["raise", "skip"] | None = None,
@@ -75,16 +88,25 @@ class TextFiles(TextDataModule):
         if len(self.text_columns) not in (1, 2):
             raise ValueError(f"data.text_column must be one column or two; received {self.text_columns}")
         self.label_column, self.label_separator = label_column, label_separator
-        self.given_names, self.quoted, self.encoding, self.on_error = class_names, quoted, encoding, on_error
+        self.given_names, self.on_error = class_names, on_error
+        self.separator, self.quoted, self.encoding = separator, quoted, encoding
+
+    @cached_property
+    def training_labels(self) -> list[Any]:
+        """Labels of the training texts that can be used, as the files have them."""
+        table = self.table("train")
+        right = [not problem for problem in table.data["problem"].to_pylist()]
+        return list(itertools.compress(table.data["label"].to_pylist(), right))
 
     @cached_property
     def labels_found(self) -> list[str]:
         """The training texts' different labels, sorted."""
-        table = self.table("train")
-        right = [not problem for problem in table.data["problem"].to_pylist()]
-        values = itertools.compress(table.data["label"].to_pylist(), right)
-        found = {value for row in values for value in row} if self.many else set(values)
-        return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name))
+        if not self.many:
+            return learn_classes(self.training_labels)
+        if width := width_of_indicators(self.training_labels):
+            return [str(label) for label in range(width)]
+        check_separator(self.training_labels, self.label_separator)
+        return learn_classes(itertools.chain.from_iterable(self.training_labels))
 
     @property
     def many(self) -> bool:
@@ -147,18 +169,14 @@ class TextFiles(TextDataModule):
         unknown = split == "predict" or self.label_column is None
         if self.problem_type == "regression":
             return torch.tensor(values, dtype=torch.float32)
+        if unknown:
+            return torch.zeros(len(values), self.num_classes) if self.many else torch.full((len(values),), IGNORED)
+        given = self.given_names is not None and not self.names_learnt
         if not self.many:
-            if unknown:
-                return torch.full((len(values),), IGNORED)
-            return label_numbers(values, self.class_names, where)
-        hot = torch.zeros(len(values), self.num_classes)
-        if not unknown:
-            rows = [row for row, names in enumerate(values) for _ in names]
-            flat = label_numbers(
-                [name for names in values for name in names], self.class_names, lambda at: where(rows[at])
-            )
-            hot[rows, flat] = 1
-        return hot
+            return label_numbers(values, self.class_names, where, given=given)
+        shown = self.training_labels if self.files["train"] and not self.names_learnt else values
+        indicators = width_of_indicators(shown) is not None
+        return several_numbers(values, self.class_names, where, indicators=indicators, given=given)
 
     def where(self, split: str, table: Any, row: int) -> str:
         """File and line, or row, of a row of a table."""
@@ -177,6 +195,7 @@ class TextFiles(TextDataModule):
             "label_column": None if split == "predict" else self.label_column,
             "problem_type": self.problem_type,
             "label_separator": self.label_separator,
+            "separator": self.separator,
             "quoted": self.quoted,
             "encoding": self.encoding,
         }
@@ -196,51 +215,47 @@ class TextFiles(TextDataModule):
             return cached_table(key, datasets.Features(features), functools.partial(read_files, files, **options))
 
 
-def expand(pattern: str | Sequence[str]) -> list[Path]:
-    """The files of a path, a pattern or a list of them, sorted.
-
-    Raises:
-        FileNotFoundError: There are none.
-        ValueError: A format that is not known.
-    """
-    found: list[Path] = []
-    for one in [pattern] if isinstance(pattern, str) else pattern:
-        path = Path(one)
-        matches = (
-            [path] if path.is_file() else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-        )
-        if not matches:
-            raise FileNotFoundError(f"no file {one}: expected a path or a pattern of {', '.join(FORMATS)} files")
-        found += matches
-    for path in found:
-        if path.suffix not in FORMATS:
-            raise ValueError(f"{path}: the ending says what a file is; expected one of {', '.join(FORMATS)}")
-    return found
-
-
 def read_files(
     files: Sequence[Path],
     text_columns: Sequence[str],
     label_column: str | None,
     problem_type: str,
     label_separator: str,
-    quoted: bool | None,
-    encoding: str,
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Rows with `text`, `pair` for two columns, `label`, `file`, `line` and, where one cannot be right, `problem`.
+
+    Args:
+        files: To read, one after the other.
+        text_columns: One, or the two of a pair.
+        label_column: None for texts without labels.
+        problem_type: What a label is.
+        label_separator: Between several labels.
+        **options: Those of `rows_of`.
 
     Raises:
         ValueError: A column that is not there, or a file that is not of its format at all.
     """
     columns = [*text_columns, *([label_column] if label_column else [])]
+    seen: set[Any] = set()
+
+    def count_rows(rows: list[dict[str, Any]]) -> int:
+        """Those with a label that was there before; in a first row, one that is there again."""
+        if label_column is None or problem_type != "single_label_classification":
+            return len(rows)
+        labels = Counter(row[label_column].strip() for row in rows)
+        return sum(count for label, count in labels.items() if (label in seen if seen else count > 1))
+
     line = 0
     for number, file in enumerate(files):
-        for line, row, problem in rows_of(file, columns, quoted, encoding):
+        for line, row, problem in rows_of(file, columns, count_rows=count_rows, **options):
             texts = [row.get(name) for name in text_columns]
             label, wrong = (
                 read_label(row.get(label_column), problem_type, label_separator) if label_column else (None, "")
             )
             problem = problem or next(filter(None, map(text_problem, texts)), "") or wrong
+            if not problem and problem_type == "single_label_classification":
+                seen.add(label)
             yield {
                 **dict(zip(("text", "pair"), ["" if problem else text for text in texts], strict=False)),
                 "label": label if label is not None else NO_LABEL[problem_type],
@@ -264,15 +279,6 @@ def text_problem(text: Any) -> str:
     return "" if is_text(text) else "the text is not in the encoding that data.encoding names"
 
 
-def is_text(text: str) -> bool:
-    """Whether all of it could be decoded: what could not is there as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_label(value: Any, problem_type: str, separator: str) -> tuple[Any, str]:
     """A label in the form of its problem type, and what is wrong with it, or nothing."""
     if problem_type == "regression":
@@ -282,99 +288,10 @@ def read_label(value: Any, problem_type: str, separator: str) -> tuple[Any, str]
             return None, f"the score is {value!r}, not a number"
         return score, "" if math.isfinite(score) else f"the score is {value!r}"
     if problem_type == "multi_label_classification":
-        names = value if isinstance(value, list) else str("" if value is None else value).split(separator)
-        found = [str(name).strip() for name in names if str(name).strip()]
-        if not all(map(is_text, found)):
-            return [], "a label is not in the encoding that data.encoding names"
-        return found, ""
-    label = "" if value is None else str(value).strip()
-    if not is_text(label):
-        return "", "the label is not in the encoding that data.encoding names"
-    return label, "" if label else "there is no label"
-
-
-def rows_of(
-    file: Path, columns: Sequence[str], quoted: bool | None, encoding: str
-) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Line or row number, values by column, and what is wrong, of each row of a file of any format."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet  # comes with datasets
-
-        table = pyarrow.parquet.ParquetFile(file)
-        check_columns(file, columns, table.schema_arrow.names)
-        rows = (row for batch in table.iter_batches(columns=list(columns)) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield number, row, ""
-        return
-    # what is not in the encoding is kept as lone surrogates, so that the error can name its line
-    with file.open(
-        encoding="utf-8-sig" if encoding == "utf-8" else encoding, errors="surrogateescape", newline=""
-    ) as lines:
-        if file.suffix == ".txt":
-            for number, line in enumerate(lines, 1):
-                yield number, {columns[0]: line.rstrip("\r\n")}, ""
-        elif file.suffix == ".jsonl":
-            yield from rows_of_json(file, lines, columns)
-        else:
-            yield from rows_of_csv(file, lines, columns, quoted)
-
-
-def rows_of_json(file: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """An object a line; a column that no object so far has is an error."""
-    known = False
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, {}, f"not JSON ({error.msg})"
-            continue
-        if not isinstance(row, dict):
-            yield number, {}, f"expected an object, found {type(row).__name__}"
-            continue
-        if not known:
-            check_columns(file, columns, list(row))
-            known = True
-        yield number, row, ""
-
-
-def rows_of_csv(
-    file: Path, lines: Iterable[str], columns: Sequence[str], quoted: bool | None
-) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Fields with commas or tabs between them, below a header."""
-    tabs = file.suffix == ".tsv"
-    quoting = csv.QUOTE_MINIMAL if (not tabs if quoted is None else quoted) else csv.QUOTE_NONE
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # torch's C long on Windows; 128 kB are a short book
-    reader = csv.reader(lines, delimiter="\t" if tabs else ",", quoting=quoting, strict=True)  # type: ignore[arg-type]
-    header = next(reader, [])
-    check_columns(file, columns, header)
-    places = {name: header.index(name) for name in columns}
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            yield line, {}, f"not CSV ({error}); is a double quote in it not closed or not doubled?"
-            continue
-        if fields is None:
-            return
-        if not fields:
-            continue  # an empty line
-        if len(fields) != len(header):
-            yield (
-                line,
-                {},
-                f"{len(fields)} fields, and the header has {len(header)}; is a separator in the text not quoted?",
-            )
-        else:
-            yield line, {name: fields[place] for name, place in places.items()}, ""
-
-
-def check_columns(file: Path, columns: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse a file without a column that is needed."""
-    for name in columns:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{file} has no column {name!r}, but {', '.join(map(repr, known))}{hint}")
+        labels, problem = several_labels(value, separator)
+        found = [spelling(label) for label in labels]
+    else:
+        problem, found = label_problem(value), [spelling(value)]
+    if not problem and not all(map(is_text, found)):
+        problem = "the label is not in the encoding that data.encoding names"
+    return (None, problem) if problem else (found if problem_type == "multi_label_classification" else found[0], "")

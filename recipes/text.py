@@ -32,7 +32,7 @@ from .cli import RecipeCLI
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled
-from .parts.metrics import metrics_of, per_class_counts
+from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
 from .runs import data_of, encoder_of, load_checkpoint, with_weights_of
@@ -207,7 +207,7 @@ class TextClassifier(Classifier):
         metrics, known = self.metrics[split], logits[kept]
         if len(known):
             target = label[kept].long() if label.ndim == 2 else label[kept]
-            metrics.update(known.squeeze(1) if self.problem_type == "regression" else known, target)  # type: ignore[operator]
+            metrics.update(answers(self.problem_type, known), target)  # type: ignore[operator]
         self.log_dict(metrics, prog_bar=split == "val", batch_size=1)  # type: ignore[arg-type]
         return logits
 
@@ -235,7 +235,8 @@ class TextCLI(RecipeCLI):
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
         unknown = config.data.init_args.get("class_names", "") is None
-        if self.subcommand != "fit" and config.ckpt_path and unknown:  # also those of another data module
+        self.names_learnt = bool(self.subcommand != "fit" and config.ckpt_path and unknown)
+        if self.names_learnt:  # also those of another data module
             config.data.init_args.class_names = data_of(load_checkpoint(config.ckpt_path)).get("class_names")
         if self.subcommand == "predict" and config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir():
             config.model.encoder = str(encoder_of(load_checkpoint(config.ckpt_path)) or config.model.encoder)
@@ -245,6 +246,7 @@ class TextCLI(RecipeCLI):
         """The tokenizer is the encoder's unless the data names one."""
         super().instantiate_classes()
         data: Any = self.datamodule
+        data.names_learnt = self.names_learnt
         if data.tokenizer_name is None:
             data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
         most = max_tokens(self.model.net.config)

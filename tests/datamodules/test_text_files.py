@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules import TextFiles, text_files
-from datamodules.text_files import rows_of
+from datamodules.text_rows import rows_of
 
 ROWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("two\nlines", "good"), ("déjà vu", "bad")]
 
@@ -166,9 +166,9 @@ def test_several_files_and_patterns(own_folder: Path) -> None:
 def test_a_file_is_read_once_and_again_when_it_changes(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         calls.append(args)
-        return rows_of(*args)
+        return rows_of(*args, **options)
 
     monkeypatch.setattr(text_files, "rows_of", counted)
     path = csv(own_folder, "text,label", "a,x", "once,y")

@@ -1,0 +1,235 @@
+"""From what a label column holds to class numbers: a label is a name, compared by its value and not by its spelling.
+
+A number in a file is a name, too: `3` is the class called 3, never the fourth of a list, unless the list was given by
+the user, for labels that count in it. Only a Hugging Face ClassLabel's integer is a position, and it always is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?")  # 007 is no number: its zeros are part of a name
+MISSING = {"nan", "NaN", "null", "NULL", "<NA>"}  # what programs write where there is no label
+TRUTH = {"false": "0", "true": "1"}
+SEPARATORS = "|;,/"  # that labels of one text are often joined with
+
+
+def label_problem(value: Any) -> str:
+    """Why a value cannot be one label, or nothing."""
+    if isinstance(value, (list, tuple, dict, set)):
+        kind = type(value).__name__
+        return f"the label is a {kind}: several labels need data.problem_type multi_label_classification"
+    if value is None or spelling(value) == "":
+        return "there is no label"
+    return f"there is no label, it says {spelling(value)!r}" if spelling(value) in MISSING else ""
+
+
+def spelling(value: Any) -> str:
+    """A label as a file of text has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def label_name(value: Any) -> str:
+    """What the class of a label is called: words as they are, a number the same whether it is 1, 1.0 or +1."""
+    name = spelling(value)
+    if NUMBER.fullmatch(name):
+        number = Decimal(name)
+        return str(int(number)) if number == int(number) else str(number.normalize())
+    return name
+
+
+def value_of(name: str) -> str:
+    """What two names of one class share: truth values are the numbers 0 and 1."""
+    return TRUTH.get(name.lower(), name)
+
+
+def learn_classes(labels: Iterable[Any]) -> list[str]:
+    """The classes of training labels: numbers in numerical order, then words in alphabetical.
+
+    Labels of one value are one class, `1` and `1.0`, `true` and `1`; a log line says which were joined.
+    """
+    names: dict[str, list[str]] = {}
+    for name in sorted({label_name(label) for label in labels}, key=rank):
+        names.setdefault(value_of(name), []).append(name)
+    joined = [" and ".join(alike) for alike in names.values() if len(alike) > 1]
+    if joined:
+        log.warning("labels of one value are one class: %s", "; ".join(joined[:5]))
+    return [alike[0] for alike in names.values()]
+
+
+def rank(name: str) -> tuple[bool, Decimal, str]:
+    """Sorts numbers as numbers, before words."""
+    number = NUMBER.fullmatch(name)
+    return not number, Decimal(name) if number else Decimal(0), name
+
+
+def label_numbers(
+    labels: Sequence[Any], class_names: Sequence[str], where: Callable[[int], str], *, given: bool = False
+) -> Tensor:
+    """Class number of each label, `(n,)`.
+
+    Args:
+        labels: Names, or values that stand for one.
+        class_names: In the order of the classes.
+        where: Names the place of a label, for an error.
+        given: Whether the user wrote the names, so that a whole number counts in them. Where one of the names is a
+            number itself, it does not.
+
+    Raises:
+        ValueError: A label is not among the classes, or two classes have one name; says where.
+    """
+    key = label_name if given else lambda label: value_of(label_name(label))
+    number = {key(name): label for label, name in enumerate(class_names)}
+    if len(number) < len(class_names):
+        raise ValueError(f"data.class_names must differ from each other; received {some(class_names)}")
+    if given and not any(map(NUMBER.fullmatch, class_names)):
+        number |= {str(label): label for label in range(len(class_names))}
+    found = {label: number.get(key(label), -1) for label in dict.fromkeys(labels)}
+    numbers = torch.tensor([found[label] for label in labels], dtype=torch.long)
+    for row in (numbers < 0).nonzero().flatten()[:1].tolist():
+        label = spelling(labels[row])
+        raise ValueError(
+            f"{where(row)}: label {label!r} is not among the classes of the training data, {some(class_names)}"
+        )
+    for label, at in found.items():
+        if spelling(label) not in (class_names[at], str(at)):
+            log.info("labels are matched by value, such as %s to class %s", label, class_names[at])
+            break
+    return numbers
+
+
+def positions(labels: Sequence[Any], class_names: Sequence[str], where: Callable[[int], str]) -> Tensor:
+    """Class number of each integer of a ClassLabel, `(n,)`: itself, whatever the names look like.
+
+    Raises:
+        ValueError: One is missing, or out of range; says where.
+    """
+    for row, label in enumerate(labels):
+        if label is None:
+            raise ValueError(f"{where(row)}: there is no label")
+        if not 0 <= label < len(class_names):
+            most = len(class_names) - 1
+            raise ValueError(
+                f"{where(row)}: label '{label}' is not among the classes, 0 to {most}: {some(class_names)}"
+            )
+    return torch.tensor(labels, dtype=torch.long)
+
+
+def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:
+    """The labels of one sample, and what is wrong with them, or nothing.
+
+    A list is taken as it is; a word may be a list as Python or JSON writes one, or labels with a separator between.
+    An empty word or list means that none applies; a missing value does not.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return [], "there are no labels; where none applies, the list must be empty"
+    if isinstance(value, str) and value.strip()[:1] in ("[", "(", "{"):
+        value = written_list(value.strip())
+        if isinstance(value, str) and value.startswith("["):
+            return [], f"the labels look like a list and are none: {value[:60]}"
+    found = list(value) if isinstance(value, (list, tuple, set)) else str(value).split(separator)
+    found = [label.strip() if isinstance(label, str) else label for label in found]
+    if isinstance(value, str):
+        found = [label for label in found if label]
+    problem = next(filter(None, map(label_problem, found)), "")
+    return ([], f"among the labels: {problem}") if problem else (found, "")
+
+
+def written_list(text: str) -> Any:
+    """The list that a text writes down, in JSON or in Python; the text, where it is none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, (list, tuple, set)):
+            return sorted(found, key=str) if isinstance(found, set) else list(found)
+    return text
+
+
+def width_of_indicators(rows: Iterable[Sequence[Any]]) -> int | None:
+    """How many classes rows such as `[0, 1, 1]` tell of, one truth value for each; None, where rows list labels.
+
+    Rows of one length, with nothing but 0 and 1 in them, are these: as lists of labels they would all name both.
+    """
+    lengths = set()
+    for row in rows:
+        lengths.add(len(row))
+        if len(lengths) > 1 or len(row) < 2 or any(value_of(label_name(label)) not in TRUTH.values() for label in row):
+            return None
+    return lengths.pop() if lengths else None
+
+
+def several_numbers(
+    rows: Sequence[Sequence[Any]],
+    class_names: Sequence[str],
+    where: Callable[[int], str],
+    *,
+    indicators: bool,
+    given: bool = False,
+) -> Tensor:
+    """Several labels of each sample as 0 and 1, float, `(n, classes)`.
+
+    Args:
+        rows: Labels of each sample, or with `indicators` a truth value for each class.
+        class_names: In the order of the classes.
+        where: Names the place of a sample, for an error.
+        indicators: Which of the two.
+        given: As in `label_numbers`.
+
+    Raises:
+        ValueError: A label is not among the classes, or truth values are not one for each class.
+    """
+    if not indicators:
+        hot = torch.zeros(len(rows), len(class_names))
+        samples = [row for row, labels in enumerate(rows) for _ in labels]
+        flat = [label for labels in rows for label in labels]
+        hot[samples, label_numbers(flat, class_names, lambda at: where(samples[at]), given=given)] = 1
+        return hot
+    for row, labels in enumerate(rows):
+        if len(labels) != len(class_names) or {value_of(label_name(label)) for label in labels} - {"0", "1"}:
+            raise ValueError(
+                f"{where(row)}: expected 0 or 1 for each of {len(class_names)} classes, received {list(labels)[:10]}"
+            )
+    return torch.tensor([[float(value_of(label_name(label))) for label in labels] for labels in rows])
+
+
+def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
+    """Refuse labels that were joined with another separator than was said, and would be classes of their own.
+
+    Args:
+        rows: The labels of each training text.
+        separator: That they were split at.
+
+    Raises:
+        ValueError: No text has several labels, and one looks as if it were several.
+    """
+    found: set[str] = set()
+    for row in rows:
+        if len(row) > 1:
+            return
+        found.update(row)
+    for other in SEPARATORS.replace(separator, ""):
+        for label in sorted(name for name in found if other in name):
+            if other in "|;" or found & {part.strip() for part in label.split(other)}:
+                raise ValueError(
+                    f"no text has several labels with {separator!r} between them, and there is a label {label!r}: set "
+                    f"data.label_separator to {other!r}; if it is one label, name all in data.class_names"
+                )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten."""
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")

@@ -1,0 +1,177 @@
+"""Rows of text files: none is lost without a word, and each is what an independent reading says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+from datamodules import TextFiles
+from datamodules.text_rows import Dialect, rows_of, rows_of_csv
+
+MARKED = Path("marked.csv")
+
+
+def read(text: str, columns: tuple[str, ...] = ("text", "label"), dialect: Dialect | None = None) -> list[Any]:
+    """Line, values and problem of each row of a CSV."""
+    lines = io.StringIO(text, newline="")
+    return list(rows_of_csv(MARKED, lines, columns, dialect or Dialect(",", True)))
+
+
+def numbered(rows: int, **other: str) -> str:
+    """A CSV with a text and a label a line; those named otherwise by their row."""
+    lines = [other.get(f"row{row}", f"text {row},{'ab'[row % 2]}") for row in range(rows)]
+    return "\n".join(["text,label", *lines, ""])
+
+
+def test_a_quote_that_is_not_closed_costs_its_own_row() -> None:
+    found = read(numbered(200, row20='"text 20,a'))
+    assert [line for line, _, _ in found] == list(range(2, 202))
+    assert [line for line, _, problem in found if problem] == [22]
+    assert all(row == {"text": f"text {n}", "label": "ab"[n % 2]} for n, (_, row, bad) in enumerate(found) if not bad)
+
+
+@pytest.mark.parametrize("second", ['"text 120,a', 'text 120",a', '"text, 120",a'])
+def test_two_quotes_do_not_swallow_what_lies_between(second: str) -> None:
+    found = read(numbered(200, row20='"text 20,a', row120=second))
+    assert [line for line, _, _ in found] == list(range(2, 202)), "every line is a row or is named"
+    bad = [line for line, _, problem in found if problem]
+    assert bad in ([22, 122], [22])
+    good = [row["text"] for _, row, problem in found if not problem]
+    assert {f"text {n}" for n in range(200) if n not in (20, 120)} <= set(good)
+
+
+def test_what_is_skipped_is_counted_line_by_line(own_folder: Path) -> None:
+    Path("a.csv").write_text(numbered(200, row20='"text 20,a', row120='"text 120,a'))
+    train = TextFiles("a.csv", on_error="skip").read_splits()["train"]
+    assert len(train) == 198 and train.skipped == 2
+    with pytest.raises(ValueError, match="a.csv, line 22: .*is a double quote in it not closed.*and 1 rows more"):
+        TextFiles("a.csv").read_splits()
+
+
+def test_a_quote_in_the_first_row_swallows_nothing_either() -> None:
+    found = read(numbered(50, row0='"text 0,a', row30='text 30",a'))
+    assert len(found) == 50 and found[0][2] and not any(problem for _, _, problem in found[1:])
+
+
+def test_texts_of_many_lines_stay_whole(own_folder: Path) -> None:
+    poem = "\n".join(f"verse {n}, and {n} more" for n in range(40))
+    rows = [(poem, "a"), ("one\ntwo", "b"), ('she said "no",\nand left, b', "a"), ("last", "b")]
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerows([("text", "label"), *rows])
+    Path("a.csv").write_bytes(out.getvalue().encode())
+    data = TextFiles("a.csv")
+    train = data.read_splits()["train"]
+    assert [(train.text(row), data.class_names[train.labels[row]]) for row in range(4)] == rows
+
+
+def test_a_field_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.text_rows.LONGEST", 50)
+    found = read(numbered(200, row20='"text 20,a'))
+    assert len(found) == 200 and "more than 50 lines" in found[20][2]
+
+
+def test_any_damage_costs_few_rows_and_no_line_is_unaccounted_for() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = [f"text {n}" + rng.choice(["", ", more", ' "quoted"', "\nsecond line"]) for n in range(40)]
+        out = io.StringIO(newline="")
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows([("text", "label"), *((text, "ab"[n % 2]) for n, text in enumerate(texts))])
+        content = list(out.getvalue())
+        places = [n for n, char in enumerate(content) if char == '"' and n > 11]
+        for place in rng.sample(places, 2):
+            content[place] = ""
+        found = read("".join(content))
+        right = {row["text"] for _, row, problem in found if not problem}
+        assert len(set(texts) - right) <= 8, "a broken quote reaches no further than its neighbours"
+
+
+def quoted_tsv(folder: Path) -> list[tuple[str, str]]:
+    """A TSV as pandas writes it."""
+    rows = [("a fine film", "good"), ('he said "no"', "bad"), ("two\nlines", "good"), ("tab\there", "bad")]
+    pandas.DataFrame(rows, columns=["text", "label"]).to_csv(folder / "a.tsv", sep="\t", index=False)
+    return rows
+
+
+def test_a_tsv_as_pandas_writes_it(own_folder: Path) -> None:
+    rows = quoted_tsv(own_folder)
+    train = TextFiles("a.tsv").read_splits()["train"]
+    assert [train.text(row) for row in range(4)] == [text for text, _ in rows]
+
+
+@pytest.mark.parametrize("header", ["text\tlabel", '"text"\t"label"'])
+def test_a_tsv_with_all_fields_in_quotes(own_folder: Path, header: str) -> None:
+    Path("a.tsv").write_text(header + '\n"fine"\t"good"\n"poor"\t"bad"\n')
+    data = TextFiles("a.tsv")
+    assert data.class_names == ["bad", "good"] and data.read_splits()["train"].text(0) == "fine"
+
+
+def test_quotes_in_a_tsv_that_are_part_of_texts_stay(own_folder: Path) -> None:
+    texts = ['"Great," he said', "it's 5\" wide", '"A whole sentence."', 'an odd " one']
+    Path("a.tsv").write_text("\n".join(["text\tlabel", *(f"{text}\t{n % 2}" for n, text in enumerate(texts)), ""]))
+    train = TextFiles("a.tsv").read_splits()["train"]
+    assert [train.text(row) for row in range(4)] == texts
+
+
+@pytest.mark.parametrize("declared", ["utf-8", "UTF-8", "utf8", "utf_8_sig", "latin-1"])
+def test_a_byte_order_mark_is_no_part_of_a_column(own_folder: Path, declared: str) -> None:
+    Path("a.csv").write_bytes(b"\xef\xbb\xbf" + "text,label\ncafé,x\n".encode())
+    assert TextFiles("a.csv", encoding=declared).read_splits()["train"].text(0) == "café"
+
+
+@pytest.mark.parametrize("written", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_wide_encodings(own_folder: Path, written: str, declared: bool) -> None:
+    Path("a.csv").write_bytes("text,label\ndéjà vu,x\n".encode(written))
+    data = TextFiles("a.csv", encoding=written if declared else "utf-8")
+    if not declared and written[-2:] in ("le", "be"):
+        with pytest.raises(ValueError, match=r"a.csv has zero bytes: is it UTF-16\? Then data.encoding must be utf-16"):
+            data.read_splits()
+    else:
+        assert data.read_splits()["train"].text(0) == "déjà vu"
+
+
+def test_encodings_that_are_none_or_not_the_files(own_folder: Path) -> None:
+    Path("a.csv").write_bytes("text,label\nfine,x\n".encode("utf-16") + b"\x00")
+    with pytest.raises(ValueError, match="a.csv is not in the encoding that data.encoding names"):
+        TextFiles("a.csv").read_splits()
+    with pytest.raises(ValueError, match="data.encoding: 'utf-9' is not known"):
+        TextFiles("a.csv", encoding="utf-9").read_splits()
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_another_separator_is_named_and_can_be_set(own_folder: Path, mark: str) -> None:
+    Path("a.csv").write_text(f"text{mark}label\nfine, really{mark}x\n")
+    with pytest.raises(ValueError, match="no column 'text', but .*: set data.separator to"):
+        TextFiles("a.csv").read_splits()
+    assert TextFiles("a.csv", separator=mark).read_splits()["train"].text(0) == "fine, really"
+
+
+def test_one_json_line_without_a_label_is_one_row(own_folder: Path) -> None:
+    rows: list[Any] = [{"text": "a"}, {"text": "b", "label": "x"}, {"label": "x", "text": "c"}]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="a.jsonl, line 1: there is no label"):
+        TextFiles("a.jsonl").read_splits()
+    train = TextFiles("a.jsonl", on_error="skip").read_splits()["train"]
+    assert [train.text(row) for row in range(2)] == ["b", "c"] and train.skipped == 1
+    with pytest.raises(ValueError, match="no column 'lable', but 'text', 'label'; did you mean 'label'"):
+        TextFiles("a.jsonl", label_column="lable", on_error="skip").read_splits()
+
+
+def test_a_label_with_two_minus_signs_is_a_word(own_folder: Path) -> None:
+    Path("a.csv").write_text("text,label\na,--1\nb,-1\n")
+    assert TextFiles("a.csv").class_names == ["-1", "--1"]
+
+
+def test_a_header_that_is_broken_is_a_sentence(own_folder: Path) -> None:
+    Path("a.csv").write_text('"text,label\na,x\n')
+    with pytest.raises(ValueError, match="a.csv: the header is not CSV"):
+        list(rows_of(Path("a.csv"), ["text"]))
