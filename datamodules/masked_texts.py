@@ -137,7 +137,7 @@ class MaskedTexts(TextDataModule):
                 with_indices=True,
                 remove_columns=table.column_names,
                 features=datasets.Features(columns),
-                new_fingerprint=self.digest("pieces", self.tokenizer_state, self.max_length, table._fingerprint),
+                new_fingerprint=self.digest("pieces", self.tokenizer_facts, table._fingerprint),
                 desc="tokenising",
             )
         return Pieces(pieces)

@@ -165,11 +165,27 @@ class TextDataModule(LightningDataModule):
             ) from error
         if not tokenizer.is_fast:
             raise ValueError(f"the tokenizer of {self.tokenizer_name!r} has no fast version; convert it first")
+        if tokenizer.pad_token_id is None:  # what stands in padding is masked
+            if tokenizer.eos_token is None:
+                raise ValueError(
+                    f"the tokenizer of {self.tokenizer_name!r} has no padding token, nor one for a text's end to take "
+                    "for it: set its pad_token and save it again"
+                )
+            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     @cached_property
+    def tokenizer_facts(self) -> tuple[Any, ...]:
+        """All that decides on the tokens of a text: under other facts they are made anew."""
+        import tokenizers
+
+        told = self.tokenizer
+        kept = (told.truncation_side, told.split_special_tokens, tuple(told.model_input_names))
+        return (tokenizers.__version__, self.tokenizer_state, *kept, self.max_length)
+
+    @cached_property
     def tokenizer_state(self) -> str:
-        """All that decides on the tokens of a text."""
+        """The tokenizer's vocabulary and rules."""
         tokenizer = self.tokenizer.backend_tokenizer
         tokenizer.no_truncation()  # a call would write it in
         tokenizer.no_padding()
@@ -252,7 +268,7 @@ class TextDataModule(LightningDataModule):
                 batched=True,
                 remove_columns=table.column_names,
                 features=features,
-                new_fingerprint=self.digest(self.tokenizer_state, self.max_length, table._fingerprint),
+                new_fingerprint=self.digest(self.tokenizer_facts, table._fingerprint),
                 desc="tokenising",
             )
         return Tokens(tokens)
@@ -291,7 +307,7 @@ class TextDataModule(LightningDataModule):
         """Changes with the texts of a split and with the tokenizer."""
         texts = self.splits[split]
         rows = None if texts.rows is None else hashlib.sha256(texts.rows.numpy().tobytes()).hexdigest()
-        return self.digest(texts.table._fingerprint, rows, self.tokenizer_state)
+        return self.digest(texts.table._fingerprint, rows, self.tokenizer_facts)
 
     def fisher_dataloader(self) -> DataLoader[Batch]:
         """The training texts one by one, for a callback that takes stock of the finished fit."""
@@ -363,6 +379,7 @@ class TextDataModule(LightningDataModule):
             "problem_type": self.problem_type,
             "tokenizer": self.tokenizer_name,
             "tokenizer_digest": self.digest(self.tokenizer_state),
+            "truncation_side": self.tokenizer.truncation_side,
             "tokenizer_files": self.tokenizer_files,  # enough to predict from the checkpoint alone
             "pairs": any("pair" in texts.table.column_names for texts in self.splits.values()),
             "max_length": self.max_length,
@@ -376,7 +393,10 @@ class TextDataModule(LightningDataModule):
         check_classes(state_dict, self.class_names)
         if self.trainer is None or self.trainer.state.fn == "fit":
             check_rows(state_dict, self.cut_rows)
-        if self.digest(self.tokenizer_state) != state_dict["tokenizer_digest"]:
+        side = self.tokenizer.truncation_side
+        if self.digest(self.tokenizer_state) != state_dict["tokenizer_digest"] or side != state_dict.get(
+            "truncation_side", side
+        ):
             raise ValueError(
                 f"the tokenizer {self.tokenizer_name!r} is not the checkpoint's: its tokens would be read as others"
             )

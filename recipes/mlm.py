@@ -142,7 +142,7 @@ class MaskedLanguageCLI(RecipeCLI):
     def instantiate_classes(self) -> None:
         """Refuse texts that are longer than the encoder takes."""
         super().instantiate_classes()
-        most = max_tokens(self.model.net.config)
+        most = max_tokens(self.model.net)
         if most is not None and self.datamodule.max_length > most:
             names.stop(f"data.max_length is {self.datamodule.max_length}, and the encoder takes {most} at most")
 

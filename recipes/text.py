@@ -249,7 +249,7 @@ class TextCLI(RecipeCLI):
         data.names_learnt = self.names_learnt
         if data.tokenizer_name is None:
             data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
-        most = max_tokens(self.model.net.config)
+        most = max_tokens(self.model.net)
         if most is not None and data.max_length > most:
             names.stop(
                 f"data.max_length is {data.max_length}, and {self.model.hparams['encoder']} takes {most} at most"

@@ -247,15 +247,17 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def max_tokens(config: Any) -> int | None:
-    """Tokens that an encoder can take; None where its positions have no end."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or getattr(config, "relative_attention", False):
+def max_tokens(net: Any) -> int | None:
+    """Tokens that an encoder can take, by its table of positions; None where its positions have no end.
+
+    RoBERTa's and MPNet's positions begin after the number of the padding token, and the table is longer by as much.
+    """
+    table = getattr(net.base_model.embeddings, "position_embeddings", None)
+    if isinstance(table, torch.nn.Embedding):
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    if getattr(net.config, "relative_attention", False):
         return None
-    # RoBERTa's positions begin after the number of its padding token
-    return int(positions) - (
-        config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    )
+    return getattr(net.config, "max_position_embeddings", None)  # rotary positions: what it was trained on
 
 
 def _load(kind: Any, name: str, config: Any) -> Any:

@@ -109,6 +109,47 @@ def test_tokens_are_made_once(own_folder: Path, words: str, monkeypatch: pytest.
         longer.prepare_data()
 
 
+def retold(folder: Path, words: str, name: str, **changes: Any) -> str:
+    """The same tokenizer, told to do otherwise."""
+    AutoTokenizer.from_pretrained(words, **changes).save_pretrained(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("end", ["truncation_side", "model_input_names"])
+def test_another_tokenizer_over_the_same_file_makes_its_own_tokens(own_folder: Path, words: str, end: str) -> None:
+    (own_folder / "pairs.csv").write_text("a,b,label\n" + "fine film of love,poor story about war,x\ngood,bad,y\n" * 5)
+    change: Any = "left" if end == "truncation_side" else ["input_ids", "attention_mask"]
+    folders = [words, retold(own_folder, words, "other", **{end: change})]
+    for folder in [*folders, *reversed(folders)]:
+        data = TextFiles("pairs.csv", text_column=["a", "b"], tokenizer=folder, max_length=6, val_share=0.2)
+        data.prepare_data()
+        data.setup("fit")
+        batch = data.batch("train", [0])
+        plain = AutoTokenizer.from_pretrained(folder)(
+            *data.splits["train"].text(0).split(" | "), truncation=True, max_length=6
+        )
+        assert set(batch) - {"label", "index"} == set(plain), "what the tokenizer gives, and nothing else"
+        assert batch["input_ids"][0].tolist() == plain["input_ids"] and len(plain["input_ids"]) == 6
+
+
+def test_a_run_does_not_go_on_with_texts_cut_at_the_other_end(own_folder: Path, words: str) -> None:
+    state = module(own_folder, words).state_dict()
+    other = module(own_folder, retold(own_folder, words, "left", truncation_side="left"))
+    with pytest.raises(ValueError, match="is not the checkpoint's"):
+        other.load_state_dict(state)
+    del state["truncation_side"]  # a checkpoint of before
+    other.load_state_dict(state)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(own_folder: Path, words: str) -> None:
+    data = module(own_folder, retold(own_folder, words, "ends", pad_token=None, eos_token="[SEP]"))
+    batch = next(iter(data.train_dataloader()))
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and (batch["input_ids"][padding] == data.tokenizer.eos_token_id).all()
+    with pytest.raises(ValueError, match="has no padding token, nor one for a text's end"):
+        module(own_folder, retold(own_folder, words, "none", pad_token=None, eos_token=None))
+
+
 def test_the_split_is_stratified_recorded_and_held_to(own_folder: Path, words: str) -> None:
     data = module(own_folder, words, val_share=0.2)
     assert data.splits["val"].labels.bincount().tolist() == [6, 6]

@@ -148,10 +148,38 @@ def test_an_encoder_alone_has_no_pooler_that_would_get_no_gradient(own_folder: P
         assert all(p.grad is not None for p in model.parameters())
 
 
-def test_how_many_tokens_an_encoder_takes() -> None:
-    assert max_tokens(encoder_config("google-bert/bert-base-uncased", published=True)) == 512
-    assert max_tokens(encoder_config("FacebookAI/roberta-base", published=True)) == 512
-    assert max_tokens(AutoConfig.for_model("deberta-v2", relative_attention=True)) is None
+LONGEST = {  # of tiny encoders with a table of 66 positions; None: any
+    **{kind: {"": 66} for kind in ("albert", "bert", "distilbert", "electra")},
+    **{kind: {"": 64} for kind in ("camembert", "mpnet", "roberta", "xlm-roberta")},
+    "deberta": {"absolute": 66, "relative": None},
+    "deberta-v2": {"absolute": 66, "relative": None},
+    "modernbert": {"": 66},
+}
+
+
+@pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind, ways in LONGEST.items() for way in ways])
+def test_how_many_tokens_an_encoder_takes_by_its_table_and_by_trial(kind: str, way: str, own_folder: Path) -> None:
+    assert set(LONGEST) == set(FAMILIES), "every family is tried"
+    positions = {"absolute": {"relative_attention": False}, "relative": {"position_biased_input": False}}.get(way, {})
+    if way == "relative":
+        positions = {**positions, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    padding = {"pad_token_id": 1} if LONGEST[kind][way] == 64 else {}
+    model = build_encoder(str(tiny_encoder(own_folder / "net", kind, **positions, **padding))).eval()
+    most = max_tokens(model)
+    assert most == LONGEST[kind][way]
+
+    def takes(length: int) -> bool:
+        ids = torch.full((1, length), 5)
+        try:
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    assert takes(most or 200)
+    if kind != "modernbert":  # rotary positions go on; it was trained on so many
+        assert takes((most or 200) + 1) == (most is None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
