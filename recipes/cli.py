@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -26,14 +26,11 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
-    RichProgressBar,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.logging import RichHandler
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks
 import datamodules
@@ -50,7 +47,8 @@ from .runs import (
     with_config_of_checkpoint,
     with_files_to_predict,
 )
-from .summary import print_summary, report_facts
+from .screen import counted, progress, quieten, speak
+from .summary import print_interruption, print_summary, report_facts
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +91,17 @@ class RecipeCLI(LightningCLI):
     """
 
     def __init__(self, model_class: type[LightningModule], args: ArgsType = None, *, plan: bool = False) -> None:
+        if args is None:
+            args = sys.argv[1:]
+        self.quiet = isinstance(args, Sequence) and "--quiet" in args
         check_siblings()
         quieten()
-        speak()
+        speak(quiet=self.quiet)
         self.plan = plan
         self.recipe = Path(sys.modules[model_class.__module__].__file__ or "recipe").stem
         self.started = started()
-        if args is None:
-            args = sys.argv[1:]
         self.building = True
+        self.assumed_classes = False  # where a plan has no data to ask
         try:
             if isinstance(args, Sequence):
                 names.check_command(self.recipe, args)  # type: ignore[arg-type]
@@ -123,6 +123,9 @@ class RecipeCLI(LightningCLI):
             if sentence is None or os.environ.get("RECIPES_TRACEBACK"):
                 raise
             names.stop(f"{sentence}\nRECIPES_TRACEBACK=1 shows where this was raised.")
+        except KeyboardInterrupt:  # before Lightning's loop, which has its own way
+            sys.stderr.write(f"\n{self.recipe}: interrupted before it began; nothing was written\n")
+            raise SystemExit(130) from None
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As Lightning's, with configs by name."""
@@ -141,6 +144,7 @@ class RecipeCLI(LightningCLI):
             return int(data.num_classes)
         except (ValueError, OSError) as error:
             if self.plan and isinstance(error, FileNotFoundError):
+                self.assumed_classes = True
                 return 10
             names.stop(str(error))  # through the parser, it would come wrapped in a screen of text
 
@@ -155,6 +159,14 @@ class RecipeCLI(LightningCLI):
             nargs="?",
             const=True,
             help="Test the best checkpoint after the fit.",
+        )
+        parser.add_argument(
+            "--quiet",
+            type=bool,
+            default=False,
+            nargs="?",
+            const=True,
+            help="Print warnings and errors only, and at the end the run's folder.",
         )
         parser.add_argument(
             "--predictions",
@@ -184,7 +196,10 @@ class RecipeCLI(LightningCLI):
             )
         if path in ("best", "last", "hpc"):
             names.stop(f"--ckpt_path {path}: give the file's path, runs/.../checkpoints/{path}.ckpt")
-        saved = load_checkpoint(path).get("hyper_parameters", {})
+        checkpoint = load_checkpoint(path)
+        if subcommand == "fit":
+            stop_if_finished(checkpoint, path, config.trainer)
+        saved = checkpoint.get("hyper_parameters", {})
         now = flatten(config.model.as_dict())
         for key, old in flatten({k: v for k, v in saved.items() if not k.startswith("_")}).items():
             if key in now and plain(now[key]) != plain(old):
@@ -206,6 +221,11 @@ class RecipeCLI(LightningCLI):
             without_weights(self.config[self.subcommand].model)
         if trainer.precision is None and bf16_is_native(trainer.accelerator):
             trainer.precision = "bf16-mixed"
+        for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else ():
+            if str(callback.get("class_path", "")).endswith(".EarlyStopping"):
+                given = callback.init_args
+                if given.check_on_train_epoch_end is None and given.monitor.startswith("val/"):
+                    given.check_on_train_epoch_end = False  # else a fit that ends before a validation ends in an error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The run's folder, loggers and callbacks, each unless the config brings its own."""
@@ -228,6 +248,8 @@ class RecipeCLI(LightningCLI):
         has_bar = any(isinstance(other, ProgressBar) for other in given)
         if self.subcommand != "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in given):
             kwargs["enable_checkpointing"] = False
+        if self.quiet:
+            kwargs["enable_progress_bar"] = False
         taken = {callback.state_key for callback in given}
         kwargs["callbacks"] = given + [
             callback
@@ -252,12 +274,15 @@ class RecipeCLI(LightningCLI):
         folder, again = parent / stamp, 2
         while folder.exists() and "LOCAL_RANK" not in os.environ:
             folder, again = parent / f"{stamp}-{again}", again + 1
+        check_writable(folder.resolve())
         return folder.resolve()
 
     def default_callbacks(self, *, has_logger: bool) -> list[Callback]:
         """Best and last checkpoint, learning rates, bar; the CSV of predictions."""
         config = self.config[self.subcommand].trainer
         own: list[Callback] = []
+        if config.enable_progress_bar is not False and not self.quiet:
+            own.append(progress())
         if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
             monitor, mode = self.model.monitor  # type: ignore[misc]
             where: dict[str, Any] = {"dirpath": self.folder / "checkpoints", "enable_version_counter": False}
@@ -273,8 +298,6 @@ class RecipeCLI(LightningCLI):
             own.append(self.report)
         if self.subcommand == "predict":
             own.append(callbacks.PredictionWriter(self.predictions()))
-        if config.enable_progress_bar is not False:
-            own.append(RichProgressBar(refresh_rate=5))  # a second; Lightning's 100 cost time in every step
         return own
 
     def predictions(self) -> Path:
@@ -291,7 +314,13 @@ class RecipeCLI(LightningCLI):
         if not self.plan:
             if hasattr(self, "report"):
                 self.report.facts = report_facts(self)
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except SystemExit as stop:  # Lightning's, after Ctrl-C and after SIGTERM
+                if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+                    raise
+                print_interruption(self)
+                raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
 
     def after_fit(self) -> None:
         """Test the best checkpoint if asked to; show what was done."""
@@ -334,6 +363,29 @@ def latest(given: Sequence[Callback]) -> list[Callback]:
         else:
             kept.append(callback)
     return kept
+
+
+def stop_if_finished(checkpoint: Mapping[str, Any], path: str, trainer: Any) -> None:
+    """End the program where a checkpoint's run has done all that it was asked for: to go on would spoil its record."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    epochs, steps = progress.get("processed", 0), checkpoint.get("global_step", 0)
+    if trainer.max_epochs is not None and 0 < trainer.max_epochs <= epochs:
+        asked = f"--trainer.max_epochs above {epochs}"
+    elif 0 < trainer.max_steps <= steps:
+        asked = f"--trainer.max_steps above {steps}"
+    else:
+        return
+    print(f"{path}: finished, after {counted(epochs, 'epoch')} and {counted(steps, 'step')}; to go on, set {asked}")
+    raise SystemExit(0)
+
+
+def check_writable(folder: Path) -> None:
+    """End the program where a run's folder cannot be made."""
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        names.stop(f"{there} is a file, and the run's folder goes below it: move it, or set trainer.default_root_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        names.stop(f"no permission to write in {there}, where the run's folder goes: set trainer.default_root_dir")
 
 
 def started() -> float:
@@ -399,29 +451,3 @@ def check_siblings() -> None:
                 f"the folder {found.parent} hides this collection's own {package.__name__!r} package.\n"
                 f"Run `python -P -m recipes...` (Python 3.11 and later), or type the command in another folder."
             )
-
-
-def quieten() -> None:
-    """Silence what Lightning says about choices that are made on purpose here."""
-    for pattern in (
-        ".*does not have many workers.*",  # none are needed for pictures in memory
-        ".*You have overridden `on_after_batch_transfer`.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        r".*module\(s\) in eval mode at the start of training.*",  # frozen blocks are
-        ".*Experiment logs directory .* exists and is not empty.*",  # a resumed run's is; see keep_metrics
-        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs none
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*The number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-
-
-def speak() -> None:
-    """Let this collection say on the screen, once, what it does: `log.info` in its modules."""
-    for package in ("recipes", "callbacks", "datamodules", "__main__"):
-        logger = logging.getLogger(package)
-        logger.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)  # type: ignore[attr-defined]
-        if not logger.handlers:
-            screen = Console(stderr=True, soft_wrap=True)
-            logger.addHandler(RichHandler(console=screen, show_time=False, show_level=False, show_path=False))

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .names import stop
 from .parts.weights import load_weights
+from .screen import console
 
 SHOWN = 5  # of what may be many; all of it is in the JSON file
 BLOCK = 512  # samples compared with all others at a time
@@ -46,12 +47,12 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
     found["data"] = data_config(cli)
     text = json.dumps(found, indent=1, ensure_ascii=False)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
-    console = Console()
-    show_counts(console, found)
+    screen = console()
+    show_counts(screen, found)
     for sentence in sentences(found):
         printable = sentence.encode("utf-8", "backslashreplace").decode()
-        console.print(escape(printable), highlight=False, soft_wrap=True)
-    console.print(f"all of it: {file}", highlight=False)
+        screen.print(escape(printable), highlight=False, soft_wrap=True)
+    screen.print(f"all of it: {file}", highlight=False)
     return int(bool(found["leaks"] or found["unreadable"]))
 
 
@@ -60,7 +61,7 @@ def data_config(cli: Any) -> Any:
     return json.loads(json.dumps(cli.config[cli.subcommand].data.as_dict(), default=str))
 
 
-def show_counts(console: Console, found: dict[str, Any]) -> None:
+def show_counts(screen: Console, found: dict[str, Any]) -> None:
     """A row per split: samples, classes, the smallest and the largest, and how far they differ."""
     table = Table("split", "samples", "classes", "smallest", "largest", "ratio", box=None, header_style="bold")
     for split, counts in found["splits"].items():
@@ -70,7 +71,7 @@ def show_counts(console: Console, found: dict[str, Any]) -> None:
             (least, few), (most, many) = classes[0], classes[-1]
             row += [str(len(classes)), f"{few:,} {least}", f"{many:,} {most}", f"{many / few:.1f}" if few else "-"]
         table.add_row(*map(escape, row))
-    console.print(table)
+    screen.print(table)
 
 
 def sentences(found: dict[str, Any]) -> list[str]:

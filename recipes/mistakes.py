@@ -68,8 +68,8 @@ def explain(message: str, parser: Any, argv: Sequence[str], classes: Iterable[ty
 
 def unwrapped(message: str) -> str:
     """The sentence inside what jsonargparse says when a class of a union of types cannot be built."""
-    found = re.search(r"Errors:\n\s*- (.+)", message)
-    return found[1] if found else message
+    found = re.search(r"Errors:\n\s*- (.+(?:\n {6}.+)*)", message)
+    return " ".join(found[1].split()) if found else message
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -89,6 +89,8 @@ def sentence_of(error: BaseException) -> str | None:
         frames = traceback.extract_tb(error.__traceback__)
         if frames and any(home in Path(frames[-1].filename).resolve().parents for home in OURS):
             return str(error)
+        if frames and Path(torch.optim.__file__).parent in Path(frames[-1].filename).parents:
+            return f"model.optimizer or model.schedule: {error}"
         if "DataLoader worker process" in str(error):
             *_, last = re.findall(r"(?:ValueError|FileNotFoundError|TypeError): (.+)", str(error))
             return str(last)

@@ -24,7 +24,7 @@ SUBCOMMANDS = {
 }
 TOP_LEVEL_KEYS = (
     *("seed_everything", "trainer", "model", "data", "test", "feature_views", "ckpt_path", "weights_only"),
-    *("verbose", "return_predictions", "config", "predictions"),
+    *("verbose", "return_predictions", "config", "predictions", "quiet"),
 )
 
 
@@ -93,6 +93,15 @@ def start(recipe: str, argv: Sequence[str]) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_command(recipe, argv)
+    if "--quiet" not in argv and "--help" not in argv:
+        greet(f"{recipe} {argv[0]}")
+
+
+def greet(what: str) -> None:
+    """Say that something goes on, within a second of the command: the imports that follow take several."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"{what}: starting\n")
+        sys.stderr.flush()
 
 
 def check_command(recipe: str, argv: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def show_plan(cli: Any, samples: int | None) -> None:
     total = trainer.max_steps if trainer.max_steps > 0 else steps_per_epoch * trainer.max_epochs
     console.print(
         f"{found} training samples ({note}), batches of {batch}: {steps_per_epoch} optimiser steps per epoch, "
-        f"{total} in all",
+        f"{total} in all{'; 10 classes assumed, for the data is not here' if cli.assumed_classes else ''}",
         highlight=False,
     )
     phases = plan_phases(trainer.callbacks, model, total, steps_per_epoch)
@@ -88,7 +88,7 @@ def show_plan(cli: Any, samples: int | None) -> None:
     if isinstance(schedule, Plateau):
         console.print(f"and a factor of {schedule.drop:g} whenever {schedule.monitor} stops improving")
     for name, parameters in phases.waiting.items():
-        console.print(f"{name} ({parameters:,} parameters) open whenever {phases.monitor} stops improving")
+        console.print(f"{name}: {parameters:,} parameters that open when {phases.monitor} stops improving")
 
 
 @dataclass
@@ -105,7 +105,8 @@ class Phases:
     def turning_points(self) -> dict[str, int]:
         """Optimiser steps at which blocks open and the warm-up ends."""
         end = {"warm-up ends": self.warmup_length} if self.warmup else {}
-        return {f"{names} opens": step for names, step in self.opens.items() if step} | end
+        several = {names: "open" if "," in names else "opens" for names in self.opens}
+        return {f"{names} {several[names]}": step for names, step in self.opens.items() if step} | end
 
     def factor(self, parameters: Sequence[torch.nn.Parameter], step: int) -> float:
         """Factor on a group's rate: 0 while all of it is frozen, less than 1 while it warms up."""

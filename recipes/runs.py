@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path) -> None:
         config = config.clone()
         config["ckpt_path"] = None  # else whoever starts from this config would go on from that checkpoint
+        config["quiet"] = False
         super().__init__(parser, config)
         self.folder = folder
 
@@ -165,8 +167,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:  # mapped: what is asked of it is mostly a name or a number, and its tensors stay on the disk
+        mapped = zipfile.is_zipfile(path)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).splitlines()[0]
         if "weights_only" in reason:  # torch's advice would run what is in it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,3 +30,16 @@ class Record(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.indices.append(batch["index"].tolist())
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C, or has a cluster end the run, before a step."""
+
+    def __init__(self, step: int, terminate: bool = False) -> None:
+        self.step, self.terminate = step, terminate
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            if not self.terminate:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)

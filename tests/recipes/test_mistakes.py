@@ -41,6 +41,7 @@ MISTAKES = [
     ("QUICK --model.aux_weight 0.3", "no auxiliary"),
     ("QUICK --model.optimizer AdamWW", "did you mean 'AdamW'?"),
     ("QUICK --model.optimizer.lrr 1", "key 'model.optimizer.lrr' is not known; did you mean 'lr'?"),
+    ("QUICK --model.optimizer.lr=-1", "model.optimizer or model.schedule: Invalid learning rate: -1"),
     ("QUICK --model.optimizer.lr fast", "model.optimizer.lr: expected a number; got 'fast'"),
     ("QUICK --model.schedule Cosin", "did you mean 'Cosine'?"),
     ("QUICK --model.schedule.warmup 1", "did you mean 'warmup_"),
