@@ -19,6 +19,7 @@ from benchmarks.readme import PAGES, PARTS, filled
 from recipes import names, text, vision
 from tests.conftest import write_folder
 from tests.nets import Net, data
+from tests.tiny_encoders import tiny_encoder
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -62,10 +63,11 @@ def test_the_first_command_from_an_empty_folder(own_folder: Path) -> None:
     accuracy = float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0])
     assert accuracy >= 0.97
     following = re.findall(r"next +python -m (.+)", done.stdout)[0]
+    write_folder(own_folder / "path/to/new", (), each=2)
     done = subprocess.run([sys.executable, "-m", *following.split()], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     (predictions,) = own_folder.glob("runs/vision/quickstart/*-predict/predictions.csv")
-    assert len(predictions.read_text().splitlines()) == 180
+    assert len(predictions.read_text().splitlines()) == 7
 
 
 def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
@@ -131,6 +133,65 @@ def test_every_command_runs(
     assert capsys.readouterr().out.strip(), "it says what it did"
     for word, file in LEAVES.items():
         assert word not in command or (prepared / file).is_file(), file
+
+
+ROWS = {  # of README's tables of what to add: what I want, for which recipe, and the options
+    recipe: re.findall(r"^\| (?!I want to)(.+?) \| `(--.+?)`", README.split(title)[1].split("\n## ")[0], re.MULTILINE)
+    for recipe, title in (("vision", "## Your own pictures"), ("text", "## Your own texts"))
+}
+TRIED = {  # configs, and what makes their runs small
+    "vision/quickstart": "",
+    "vision/folder_resnet50": "--data.root=path/to/pictures --model.weights=null --model.image_size=64",
+    "vision/folder_mobilenet_v3": "--data.root=path/to/pictures --model.weights=null --model.image_size=64",
+    "vision/folder_inception_v3": "--data.root=path/to/pictures --model.weights=null",
+    "text/quickstart": "",
+    "text/csv_minilm": "--data.train_file=rated.csv --model.encoder=docstrings_bert",
+    "text/csv_distilbert": "--data.train_file=rated.csv --model.encoder=distilbert --data.max_length=32",
+}
+FITTED = ("vision/quickstart", "vision/folder_mobilenet_v3", "text/csv_minilm")  # the others would take minutes
+CASES = [
+    (config, options if not what.startswith("...") else f"{ROWS[recipe][row - 1][1]} {options}")
+    for config in TRIED
+    for recipe in [config.split("/")[0]]
+    for row, (what, options) in enumerate(ROWS[recipe])
+    if not (config == "text/quickstart" and re.search("text_column|problem_type|head mlp", options))  # Docstrings, mean
+]
+
+
+def options_for(config: str, options: str) -> list[str]:
+    """A row of README's as the end of a command line."""
+    few = "--trainer.accelerator=cpu --trainer.enable_progress_bar=false --data.batch_size=4 --data.val_share=0.2"
+    return shlex.split(f"{TRIED[config]} {few} {options}")
+
+
+@pytest.fixture(scope="module")
+def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, a table of texts, a tiny encoder."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_folder(folder / "path/to/pictures", (), each=20)
+    rows = "".join(f"question {n},answer {n},text {n} of many,{n % 2}\n" for n in range(80))
+    (folder / "rated.csv").write_text(f"question,answer,text,label\n{rows}")
+    tiny_encoder(folder / "distilbert", "distilbert")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("config", "options"), CASES)
+def test_every_row_fits_every_config_it_stands_beside(
+    config: str, options: str, at_hand: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(at_hand)
+    if any(word in options for word in ("WandbLogger", "nyu-mll")):
+        pytest.skip("needs an extra, or the network")
+    command = importlib.import_module("recipes.__main__").main
+    command(["plan", config, *options_for(config, options)])
+    assert "optimiser steps per epoch" in capsys.readouterr().out
+    if config in FITTED and "ddp" not in options:
+        steps = 12 if "Unfreezing" in options or "accumulate" in options else 2  # all phases must open
+        once = [f"--trainer.limit_train_batches={steps}", "--trainer.limit_val_batches=2", "--trainer.max_epochs=1"]
+        recipe = importlib.import_module(f"recipes.{config.split('/')[0]}")
+        cli = recipe.main(["fit", "--config", config, *options_for(config, options), *once])
+        assert cli.trainer.global_step >= (2 if "tokens_per_batch" not in options else 1)  # all fit into a batch
 
 
 def test_every_config_and_key_that_is_named_exists() -> None:
