@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
@@ -56,6 +56,8 @@ class Classifier(LightningModule):
         # NaN stays NaN; torchmetrics' "disable" would forget the weights, its default leave the NaN out
         self.losses = nn.ModuleDict({split: MeanMetric(nan_strategy=float("nan")) for split in ("val", "test")})
         self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, hits, samples; always fp32
+        self.step_counts: Tensor | None = None  # samples of the coming step: its first batches' mean, all so far
+        self.share: Tensor | None = None  # of a batch's loss in its step; None where it is 1
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
@@ -74,6 +76,10 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Every parameter in one named group, a schedule per optimiser step."""
         optimizer = build_optimizer(self.optimizer, self.param_groups())
+        if isinstance(optimizer, LBFGS) and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "L-BFGS evaluates its closure several times a step: it needs trainer.accumulate_grad_batches=1"
+            )
         log.info("%s", table(describe(optimizer)))
         schedule = self.schedule(optimizer, self.trainer.estimated_stepping_batches)  # type: ignore[arg-type]
         self._configured = snapshot(optimizer)
@@ -87,6 +93,9 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """After a resume, what is configured now counts, not what the checkpoint had."""
+        self.share = None
+        if all(p.grad is None for p in self.parameters()):  # else those of a step's first batches, restored
+            self.step_counts = None
         optimizer, schedule = self.trainer.optimizers[0], self.lr_schedulers()
         scheduled = getattr(schedule, "writes", ("lr",))
         for difference in reassert(optimizer, self._configured, scheduled):
@@ -94,6 +103,52 @@ class Classifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.epoch_sums = torch.zeros(3, device=self.device)
+
+    def count(self, batch: Any) -> Tensor:
+        """What the training loss of a batch is the mean over: its samples, tokens or class weights; a scalar."""
+        raise NotImplementedError
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Find the batch's share in its optimiser step, in which each sample counts once, whatever its batch and rank.
+
+        Lightning's gradient is the mean over batches and ranks of their means, and it divides by as many batches in an
+        epoch's last, shorter step. So `in_step` scales a loss by its count, relative to the mean of the step's first
+        batches, and the sum of gradients is scaled by the whole count, once it is known: after the backward pass of
+        the step's last batch, which is before any penalty is added, any norm is clipped.
+        """
+        ranks, batches = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if ranks * batches == 1:
+            return
+        count = self.count(batch)
+        total = count.to(torch.float32, copy=True)
+        if ranks > 1:
+            torch.distributed.all_reduce(total)
+        if self.step_counts is None or batch_idx % batches == 0:
+            self.step_counts = torch.stack([torch.where(total > 0, total, 1.0) / ranks, torch.zeros_like(total)])
+        self.step_counts[1] += total
+        self.share = count / self.step_counts[0]
+
+    def in_step(self, loss: Tensor) -> Tensor:
+        """A batch's mean loss as it enters into the step's."""
+        return loss if self.share is None else loss * self.share
+
+    def on_after_backward(self) -> None:
+        """Gradients of several batches become those of the mean over all their samples."""
+        batches = self.trainer.accumulate_grad_batches
+        if self.step_counts is None or self.trainer.fit_loop._should_accumulate():
+            return
+        (first, total), self.step_counts = self.step_counts, None
+        if batches > 1:
+            scale = torch.where(total > 0, batches * self.trainer.world_size * first / total, 1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Amid a step, what its batches so far count."""
+        checkpoint["step_counts"] = self.step_counts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        counts = checkpoint.get("step_counts")
+        self.step_counts = None if counts is None else counts.to(self.device)
 
     def note(self, loss: Tensor, hits: Tensor, samples: int) -> None:
         """Count a training batch; `self.log` in every step would cost much of a small step."""
@@ -103,7 +158,7 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means."""
-        loss, hits, samples = self.epoch_sums
+        loss, hits, samples = self.trainer.strategy.reduce(self.epoch_sums.clone(), reduce_op="sum")
         self.log_dict({"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}, sync_dist=True)
 
     def log_loss(self, split: str, loss: Tensor, samples: int) -> None:

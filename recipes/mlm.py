@@ -93,10 +93,14 @@ class MaskedLanguageModel(Classifier):
         hidden = self.net.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return fill_in(self.net, hidden[chosen])
 
+    def count(self, batch: Batch) -> Tensor:
+        """The chosen tokens."""
+        return (batch["labels"] != IGNORED).sum()  # type: ignore[no-any-return]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, hits, count = self._loss(batch)
         self.note(loss, hits, count)
-        return loss
+        return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, hits, count = self._loss(batch)
@@ -114,6 +118,7 @@ class MaskedLanguageModel(Classifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the checkpoint without the code that trained it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["recipe"] = {
             "name": "mlm",
             "encoder": self.net.config.to_dict(),

@@ -31,7 +31,7 @@ from .classifier import Classifier
 from .cli import RecipeCLI
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LOSSES, LossKind, WeightKind, labelled
+from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
@@ -162,12 +162,16 @@ class TextClassifier(Classifier):
         embeddings = self.net.get_input_embeddings()
         return token_saliency(embeddings, lambda: self.logits(batch).float(), batch["attention_mask"], classes)
 
+    def count(self, batch: Batch) -> Tensor:
+        """The texts with a label, or their class weights."""
+        return mass(batch["label"], self.class_weights)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.logits(batch)
         weight = {} if self.class_weights is None else {"weight": self.class_weights}
         loss = self.loss(logits, batch["label"], **weight)
         self.note(loss, self.hits(logits.detach(), batch["label"]), len(logits))
-        return loss
+        return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logits, labels and indices, for whoever looks on."""
@@ -213,6 +217,7 @@ class TextClassifier(Classifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the checkpoint without the code that trained it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["recipe"] = {
             "name": "text",
             "encoder": self.net.config.to_dict(),

@@ -34,7 +34,7 @@ from .cli import RecipeCLI
 from .parts.backbones import backbone_facts, build_backbone
 from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LossKind, WeightKind, classification_loss
+from .parts.losses import LossKind, WeightKind, classification_loss, mass
 from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
@@ -178,6 +178,10 @@ class VisionClassifier(Classifier):
         """Where in each picture a class is seen, `(batch, height, width)` in [0, 1]."""
         return grad_cam(self.backbone, self.head, self.normalise(batch["image"]), classes)
 
+    def count(self, batch: Batch) -> Tensor:
+        """The pictures with a label, or their class weights."""
+        return mass(batch["target"] if "target" in batch else batch["label"], self.class_weights)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         target = batch["target"] if "target" in batch else batch["label"]
         if len(self.aux_heads) and "features" not in batch:
@@ -191,7 +195,7 @@ class VisionClassifier(Classifier):
             loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
         hits = (logits.detach().argmax(1) == batch["label"]).sum()
         self.note(loss, hits, len(logits))
-        return loss
+        return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logits, labels and indices, for whoever looks on."""
@@ -223,6 +227,7 @@ class VisionClassifier(Classifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed to use the checkpoint without the code that trained it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["recipe"] = {
             "name": "vision",
             "mean": list(self.backbone.mean),
@@ -232,6 +237,7 @@ class VisionClassifier(Classifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Pictures are normalised as in training, whatever the backbone's table says by now."""
+        super().on_load_checkpoint(checkpoint)
         for name, values in checkpoint.get("recipe", {}).items():
             if name in ("mean", "std"):
                 getattr(self, name).copy_(torch.tensor(values).view(3, 1, 1))

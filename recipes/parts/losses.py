@@ -89,6 +89,15 @@ def weight_of(target: Tensor, weight: Tensor | None) -> Tensor:
     return target.sum(1) if weight is None else target @ weight
 
 
+def mass(target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """What the mean of the losses here is over: the samples with a label or, with class weights, the sum of theirs."""
+    if weight is None:
+        return labelled(target).sum()
+    if target.ndim == 1:
+        return (weight[target.clamp(min=0)] * (target != IGNORED)).sum()
+    return weight_of(target, weight).sum()
+
+
 def weights_by_count(counts: Sequence[int], kind: WeightKind = "balanced", beta: float = 0.999) -> Tensor:
     """Class weights that fall with the number of training samples, with mean 1 over the samples.
 
