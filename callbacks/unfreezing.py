@@ -453,14 +453,20 @@ class GradualUnfreezing(_Freezing):
             raise ValueError("a share of the run needs its length: set max_epochs or max_steps, or give every_steps")
         return [("step", max(math.ceil(p * total_steps - 1e-9), 1) if p < 1 else int(p)) for p in points[: len(count)]]
 
-    def planned_steps(self, phases: int, total_steps: float, steps_per_epoch: float) -> list[float]:
+    def planned_steps(self, phases: int, total_steps: float, steps_per_epoch: float, begin: float = 0.0) -> list[float]:
         """Optimiser step at which each phase opens; with a metric, of the first alone.
+
+        Args:
+            phases: How many there are.
+            total_steps: Of the run; infinite where that is not known.
+            steps_per_epoch: Infinite where the data has no length.
+            begin: Step at which the run began, or would have with as many steps in each epoch: `step_at_epoch` of 0.
 
         Raises:
             ValueError: The run ends before the last one.
         """
         ends = self.boundaries(phases, total_steps)
-        steps = [0, *(number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
+        steps = [0, *(begin + number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
         if total_steps <= steps[-1] < math.inf:
             raise ValueError(
                 f"the last blocks would open at step {steps[-1]:g}, but the run has {total_steps:g} optimiser steps: "
@@ -485,14 +491,17 @@ class GradualUnfreezing(_Freezing):
                 other.freeze(pl_module)
         self.blocks = self.plan(pl_module)
         _check_groups(trainer, self.blocks)
-        total = trainer.estimated_stepping_batches
-        self._boundaries = self.boundaries(len(self.blocks), total)
-        last = self.planned_steps(len(self.blocks), total, steps_per_epoch(trainer))[-1]
-        _check_early_stops(trainer, math.inf if self.monitor is not None else last)
         found = "layer_groups()" if isinstance(pl_module, HasLayerGroups) else "inferred"
         order = " | ".join(", ".join(part) for part in self.blocks)
         log.info(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
         self._show(pl_module, max(len(self.opening_steps) - 1, 0))  # more than 0 after a resume
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan when phases open, now that it is known how far a resumed run has come."""
+        total, per_epoch = steps_of_run(trainer), steps_per_epoch(trainer)
+        self._boundaries = self.boundaries(len(self.blocks), total)
+        last = self.planned_steps(len(self.blocks), total, per_epoch, step_at_epoch(trainer, 0))[-1]
+        _check_early_stops(trainer, math.inf if self.monitor is not None else last)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open what is due."""
@@ -664,6 +673,32 @@ def steps_per_epoch(trainer: Trainer) -> float:
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
+def step_at_epoch(trainer: Trainer, epoch: float) -> float:
+    """Optimiser step at which an epoch begins, if it does so after now; infinite where the data has no length.
+
+    Counted from now: a run that is resumed with other batches, accumulation or devices has steps of two kinds.
+    """
+    loop, per_epoch = trainer.fit_loop, steps_per_epoch(trainer)
+    if not math.isfinite(per_epoch):
+        return math.inf
+    epochs, batches, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress, 0.0
+    if vars(epochs)["started"] > trainer.current_epoch:  # amid an epoch
+        last = batches.is_last_batch
+        done = per_epoch if last else vars(batches.current)["processed"] // trainer.accumulate_grad_batches
+    return trainer.global_step + (epoch - trainer.current_epoch) * per_epoch - done
+
+
+def steps_of_run(trainer: Trainer) -> float:
+    """Optimiser steps of the whole run, those done and those left; infinite where nobody knows.
+
+    Lightning's `estimated_stepping_batches` is -1 where the data has no length, and takes what is done before a resume
+    for what the same epochs would be now.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    ends = [math.inf, step_at_epoch(trainer, math.inf if epochs in (None, -1) else epochs)]
+    return min(ends if steps == -1 else [*ends, steps])
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies under which opening parameters later would go wrong.
 
@@ -689,11 +724,13 @@ def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
 
 def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
     """Refuse an early stop that may come before the last blocks open."""
-    batches = float(trainer.val_check_batch or math.inf) * (trainer.check_val_every_n_epoch or 1)
-    spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * steps_per_epoch(trainer))
+    per_epoch, batches = steps_per_epoch(trainer), float(trainer.val_check_batch or math.inf)
+    whole = batches >= trainer.num_training_batches  # its last accumulation may be a short one, and is a step, too
+    steps = (per_epoch if whole else batches / trainer.accumulate_grad_batches) * (trainer.check_val_every_n_epoch or 1)
+    spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * per_epoch if trainer.min_epochs else 0.0)
     for stop in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(stop, EarlyStopping) and not getattr(stop, "waits_for_phases", False):
-            earliest = (stop.patience + 1) * batches / trainer.accumulate_grad_batches
+            earliest = (stop.patience + 1) * steps
             if max(earliest, spared) <= last_opening:
                 raise ValueError(
                     f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "

@@ -100,22 +100,35 @@ class LRWarmup(Callback):
 
     def _reset(self) -> None:
         self.length = 0  # in optimiser steps
+        self._later_length = 0  # the same of blocks that open later: another one, where a resume has changed epochs
         self.opener: OpensPhases | None = None
         self._phase_of: list[int] = []  # for each group of the optimiser
         self._own: list[dict[str, Any]] = []  # what the schedule wrote, while groups are scaled
         self._stepping = False
         self._hooks: list[Any] = []
 
-    def planned_length(self, total_steps: float, steps_per_epoch: float) -> int:
+    def planned_length(self, total_steps: float, steps_per_epoch: float, begin: float = 0.0) -> int:
         """Length of the warm-up in optimiser steps.
+
+        Args:
+            total_steps: Of the run; infinite where that is not known.
+            steps_per_epoch: Optimiser steps, of which an epoch's last, shorter accumulation is one.
+            begin: Step at which the run began, or would have with as many steps in each epoch: `step_at_epoch` of 0.
 
         Raises:
             ValueError: It is no shorter than the run, or a share of a run without a known length.
         """
         needed = total_steps if self.share is not None else steps_per_epoch if self.epochs is not None else 1
         if not math.isfinite(needed):
-            raise ValueError("LRWarmup: the data or the run has no length to take a share of: give steps")
-        length = self.steps or round((self.epochs or 0) * steps_per_epoch or (self.share or 0) * total_steps)
+            raise ValueError(
+                "LRWarmup received epochs, but the data has no length: give steps"
+                if self.epochs is not None
+                else "LRWarmup received a share of a run whose length is not known: give steps, or set max_steps, "
+                "or max_epochs where the data has a length"
+            )
+        length = self.steps or round((self.share or 0) * total_steps)
+        if self.epochs is not None:
+            length = round(round(begin + self.epochs * steps_per_epoch, 6))
         if length >= total_steps:
             raise ValueError(f"a warm-up of {length} steps does not fit in a run of {total_steps:g} optimiser steps")
         return length
@@ -139,8 +152,9 @@ class LRWarmup(Callback):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"LRWarmup serves one optimiser; this module has {len(trainer.optimizers)}")
         optimizer = trainer.optimizers[0]
-        per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-        self.length = self.planned_length(trainer.estimated_stepping_batches, per_epoch)
+        total, per_epoch = steps_of_run(trainer), steps_per_epoch(trainer)
+        self.length = self.planned_length(total, per_epoch, step_at_epoch(trainer, 0))
+        self._later_length = self.length if self.epochs is None else round(self.epochs * per_epoch)
         phases = self.opener.phases if self.opener and self.per_block else []
         self._phase_of = phase_of_groups(optimizer, phases)
         if self.momentum is not None and not all({"momentum", "betas"} & set(g) for g in optimizer.param_groups):
@@ -186,7 +200,8 @@ class LRWarmup(Callback):
         """Keep what the schedule wrote, and write what the step is to use."""
         opened = self.opener.opening_steps if self.opener and self.per_block else [0]
         for group, phase in zip(optimizer.param_groups, self._phase_of, strict=True):
-            share = self.factor(step, self.length, opened[phase]) if phase < len(opened) else 0.0
+            length = self._later_length if phase else self.length
+            share = self.factor(step, length, opened[phase]) if phase < len(opened) else 0.0
             self._own.append({key: group[key] for key in ("lr", "momentum", "betas") if key in group})
             if isinstance(group["lr"], Tensor):
                 self._own[-1]["lr"] = group["lr"].clone()
@@ -213,6 +228,38 @@ class LRWarmup(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def steps_per_epoch(trainer: Trainer) -> float:
+    """Optimiser steps in an epoch; infinite where the data has no length."""
+    batches = float(trainer.num_training_batches)
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+
+
+def step_at_epoch(trainer: Trainer, epoch: float) -> float:
+    """Optimiser step at which an epoch begins, if it does so after now; infinite where the data has no length.
+
+    Counted from now: a run that is resumed with other batches, accumulation or devices has steps of two kinds.
+    """
+    loop, per_epoch = trainer.fit_loop, steps_per_epoch(trainer)
+    if not math.isfinite(per_epoch):
+        return math.inf
+    epochs, batches, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress, 0.0
+    if vars(epochs)["started"] > trainer.current_epoch:  # amid an epoch
+        last = batches.is_last_batch
+        done = per_epoch if last else vars(batches.current)["processed"] // trainer.accumulate_grad_batches
+    return trainer.global_step + (epoch - trainer.current_epoch) * per_epoch - done
+
+
+def steps_of_run(trainer: Trainer) -> float:
+    """Optimiser steps of the whole run, those done and those left; infinite where nobody knows.
+
+    Lightning's `estimated_stepping_batches` is -1 where the data has no length, and takes what is done before a resume
+    for what the same epochs would be now.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    ends = [math.inf, step_at_epoch(trainer, math.inf if epochs in (None, -1) else epochs)]
+    return min(ends if steps == -1 else [*ends, steps])
 
 
 def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter]]) -> list[int]:

@@ -13,9 +13,11 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from callbacks.warmup import steps_of_run
+
 from .parts.losses import weights_by_count
 from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
-from .parts.schedules import Plateau
+from .parts.schedules import Plateau, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,11 @@ class Classifier(LightningModule):
         scheduled = getattr(schedule, "writes", ("lr",))
         for difference in reassert(optimizer, self._configured, scheduled):
             log.warning("resume: %s", difference)
+        total = steps_of_run(self.trainer)
+        if isinstance(schedule, Schedule) and schedule.total_steps != total:  # resumed with other batches or devices
+            anew: Any = self.schedule(optimizer, int(total))
+            anew.load_state_dict(schedule.state_dict())
+            self.trainer.lr_scheduler_configs[0].scheduler = anew
 
     def on_train_epoch_start(self) -> None:
         self.epoch_sums = torch.zeros(3, device=self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from functools import partial
 from pathlib import Path
@@ -685,3 +686,36 @@ def test_a_compiled_net_trains_what_opens() -> None:
     net.compile()
     fit([GradualUnfreezing(every_steps=6), watch], net)
     assert watch.first_change("stem.weight") == 24
+
+
+@pytest.mark.parametrize("batch", [1, 4, 24])
+@pytest.mark.parametrize(("options", "epochs"), [({"every_epochs": 1}, [0, 1, 2]), ({"over_share": 0.75}, None)])
+def test_a_resume_with_another_batch_size(tmp_path: Path, batch: int, options: Any, epochs: Any) -> None:
+    """After 1 of 4 epochs of 12 steps: epochs stay epochs, shares are of the steps done and the steps left."""
+    save = ModelCheckpoint(dirpath=tmp_path, filename="one", save_on_train_epoch_end=True)
+    options = {**options, "blocks_per_phase": 2}
+    fit([GradualUnfreezing(**options), save, Stop()], enable_checkpointing=True)
+    unfreezing, per_epoch = GradualUnfreezing(**options), 48 // batch
+    fit([unfreezing], train=data(48, batch), ckpt_path=tmp_path / "one.ckpt")
+    total = 12 + 3 * per_epoch
+    if epochs is None:
+        wanted = [0, *(max(math.ceil(0.75 * total * n / 2 - 1e-9), 12) for n in (1, 2))]
+    else:
+        wanted = [0, 12, 12 + per_epoch]
+    assert unfreezing.opening_steps == wanted
+
+
+class Stop(Callback):
+    """After the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def test_an_early_stop_is_reckoned_with_short_last_accumulations() -> None:
+    """10 batches, 4 a step: 3 steps an epoch, so that the stop comes at step 6 at the earliest."""
+    stop = EarlyStopping("val/loss", patience=1)
+    options: dict[str, Any] = {"train": data(40), "accumulate_grad_batches": 4, "max_epochs": 5}
+    fit([GradualUnfreezing(at=[5]), stop], **options)
+    with pytest.raises(ValueError, match="could end the run"):
+        fit([GradualUnfreezing(at=[6]), stop], **options)

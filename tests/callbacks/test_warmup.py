@@ -15,10 +15,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
+from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks import GradualUnfreezing, LRWarmup
 from callbacks.warmup import phase_of_groups, ramp
-from tests.nets import Net, fit, same, without_dropout
+from tests.nets import Net, data, fit, same, without_dropout
 
 
 class Rates(Callback):
@@ -296,3 +297,76 @@ def test_what_cannot_work_is_refused() -> None:
 
     with pytest.raises(ValueError, match="serves one optimiser; this module has 2"):
         fit([LRWarmup(steps=4)], Two())
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 6), (3, 9), (0.5, 2)])  # 1.5 steps are rounded to 2
+def test_a_short_last_accumulation_is_a_step_of_the_warmup(epochs: float, steps: int) -> None:
+    warmup = LRWarmup(epochs=epochs)
+    rates = used([warmup], Net(SGD), train=data(40), accumulate_grad_batches=4, max_epochs=4)  # 10 batches
+    assert warmup.length == steps
+    assert [used[-1] for used in rates.used] == pytest.approx([1e-2 * ramp(t, steps) for t in range(12)])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize("batch", [1, 4, 24])
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": 1.5}, {"share": 0.5}, {"steps": 15}])
+def test_a_resume_with_another_batch_size(tmp_path: Path, batch: int, length: dict[str, Any]) -> None:
+    """After 1 of 4 epochs of 12 steps; epochs and shares are counted in steps done and steps left."""
+    save = ModelCheckpoint(dirpath=tmp_path, filename="one", save_on_train_epoch_end=True)
+    fit([LRWarmup(**length), save, StopAt(12)], Net(SGD), enable_checkpointing=True)
+    warmup, per_epoch = LRWarmup(**length), 48 // batch
+    rates = used([warmup], Net(SGD), train=data(48, batch), ckpt_path=tmp_path / "one.ckpt")
+    total = 12 + 3 * per_epoch
+    wanted = {"epochs": 12 + (length.get("epochs", 0) - 1) * per_epoch, "share": total / 2, "steps": 15}[min(length)]
+    assert warmup.length == round(wanted)
+    assert [used[-1] for used in rates.used] == pytest.approx([1e-2 * ramp(t, round(wanted)) for t in range(12, total)])
+
+
+class Stream(IterableDataset[Any]):
+    """Without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(data().dataset[n] for n in range(48))
+
+
+ENDLESS = [{"max_epochs": -1, "max_steps": 20}, {"max_epochs": 2}, {"max_epochs": -1, "max_time": {"seconds": 2}}]
+
+
+@pytest.mark.parametrize("run", ENDLESS)
+def test_data_without_a_length_need_none_for_steps(run: dict[str, Any]) -> None:
+    warmup = LRWarmup(steps=4)
+    unfreezing = GradualUnfreezing(every_steps=3, blocks_per_phase=2)
+    train = DataLoader(Stream(), batch_size=4)
+    rates = used([warmup, unfreezing, StopAt(20)], Net(SGD), train=train, **run)
+    assert unfreezing.opening_steps == [0, 3, 6]
+    assert [used[-1] for used in rates.used][:6] == pytest.approx([1e-2 * ramp(t, 4) for t in range(6)])
+
+
+class StopAt(Callback):
+    """Ends a run that would go on for ever."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("run", [{"max_epochs": 2}, {"max_epochs": -1}])
+def test_a_share_of_a_run_without_a_length_is_refused(run: dict[str, Any]) -> None:
+    train = DataLoader(Stream(), batch_size=4) if run["max_epochs"] == 2 else data()
+    with pytest.raises(ValueError, match="a share of a run whose length is not known: give steps, or set max_steps"):
+        fit([LRWarmup(share=0.2), StopAt(3)], train=train, **run)
+    with pytest.raises(ValueError, match="a share of the run needs its length: set max_epochs or max_steps"):
+        fit([GradualUnfreezing(over_share=0.5), StopAt(3)], train=train, **run)
+
+
+def test_epochs_of_data_without_a_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="received epochs, but the data has no length: give steps"):
+        fit([LRWarmup(epochs=1)], train=DataLoader(Stream(), batch_size=4), max_epochs=2)
+
+
+def test_a_share_of_max_steps_needs_no_length_of_the_data() -> None:
+    warmup = LRWarmup(share=0.2)
+    fit([warmup], train=DataLoader(Stream(), batch_size=4), max_epochs=-1, max_steps=20)
+    assert warmup.length == 4

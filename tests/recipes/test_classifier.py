@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from callbacks import L2, ExactResume
 from recipes.classifier import Classifier
 from recipes.mlm import MaskedLanguageModel
 from recipes.parts.losses import IGNORED
-from recipes.parts.schedules import Constant
+from recipes.parts.schedules import Constant, Cosine, Linear, OneCycle, Polynomial, Step, WarmupStableDecay
 from recipes.text import TextClassifier
 from recipes.vision import VisionClassifier
 from tests.nets import quiet, same
@@ -282,3 +283,123 @@ def test_lbfgs_and_several_batches_a_step_are_refused() -> None:
     model = MaskedLanguageModel(60, architecture=BERT, optimizer=torch.optim.LBFGS, schedule=Constant)
     with pytest.raises(ValueError, match="needs trainer.accumulate_grad_batches=1"):
         quiet(max_epochs=1, accumulate_grad_batches=2).fit(model, Dealt(masked_language()[1]))
+
+
+# A resume with other batches, accumulation or devices
+
+
+def rates_by_hand(schedule: type, total: int) -> list[float]:
+    """The factors of a run of `total` steps, each formula written anew."""
+    last = total - 1
+    if schedule is Linear:
+        return [1 - step / last for step in range(total)]
+    if schedule is Cosine:
+        return [(1 + math.cos(math.pi * step / last)) / 2 for step in range(total)]
+    if schedule is OneCycle:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
+        found = []
+        for _ in range(total):
+            found.append(theirs.get_last_lr()[0])
+            optimizer.step()
+            if len(found) < total:
+                theirs.step()
+        return found
+    if schedule is Step:
+        return [0.1 ** (3 * step // total) for step in range(total)]
+    if schedule is Polynomial:
+        return [(1 - step / last) ** 2 for step in range(total)]
+    if schedule is WarmupStableDecay:
+        begin = total - max(round(0.2 * total), 1)
+        return [1 - math.sqrt(max(step - begin, 0) / (last - begin)) if last > begin else 1.0 for step in range(total)]
+    return [1.0] * total
+
+
+class Used(Callback):
+    """The rate of each optimiser step; keeps a checkpoint amid an epoch and one at its end."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"] / RATE)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            trainer.save_checkpoint("amid.ckpt")
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint("end.ckpt")
+
+
+def head_alone(batches: int, schedule: Any) -> tuple[Classifier, Dealt]:
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.SGD, lr=RATE)
+    model = VisionClassifier(3, "resnet8", image_size=32, optimizer=optimizer, schedule=schedule)
+    batch = {"features": torch.randn(4, 64), "label": torch.tensor([0, 1, 2, 0])}
+    return model, Dealt([batch] * batches)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:resumed, but not as if never")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("start", ["end", "amid"])
+@pytest.mark.parametrize(("batches", "accumulate"), [(1, 1), (8, 3), (6, 2), (24, 1), (3, 1)])
+def test_rates_after_a_resume_are_those_of_steps_done_and_steps_left(
+    own_folder: Path, batches: int, accumulate: int, start: str, exact: bool
+) -> None:
+    """8 batches an epoch before, of 4 epochs 1 1/4 or 2 are done; then other batches, for the epochs that are left."""
+    if start == "amid" and batches < 2:
+        pytest.skip("the checkpoint stands beyond the end of the data")
+    seeds = [ExactResume(seed=0)] if exact else []
+    for schedule in (Linear, Cosine, OneCycle, Step, Polynomial, WarmupStableDecay, Constant):
+        model, data = head_alone(8, schedule)
+        quiet(max_epochs=2, callbacks=[Used(), *seeds], use_distributed_sampler=False).fit(model, data)
+        model, data = head_alone(batches, schedule)
+        used = Used()
+        options: dict[str, Any] = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
+        trainer = quiet(callbacks=[used, *seeds], use_distributed_sampler=False, **options)
+        trainer.fit(model, data, ckpt_path=f"{start}.ckpt")
+        done = 16 if start == "end" else 10
+        per_epoch = -(-batches // accumulate)
+        left = 2 * per_epoch + (0 if start == "end" else per_epoch - 2 // accumulate)
+        assert trainer.global_step == done + left, schedule
+        assert used.rates == pytest.approx(rates_by_hand(schedule, done + left)[done:], abs=1e-9), schedule
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:resumed, but not as if never")
+def test_warmups_and_cycled_momentum_go_on_as_of_the_new_length(own_folder: Path) -> None:
+    """Of 16 + 4 steps a warm-up of a half has six left over: after the 16 it is long over; of 16 + 48 it is not."""
+    for batches, total in ((2, 20), (24, 64)):
+        schedule = partial(OneCycle, cycle_momentum=True, warmup_share=0.5)
+        model, data = head_alone(8, schedule)
+        model.optimizer = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
+        quiet(max_epochs=2, callbacks=[Used(), ExactResume(seed=0)]).fit(model, data)
+        model, data = head_alone(batches, schedule)
+        model.optimizer = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
+        used = Used()
+        quiet(max_epochs=4, callbacks=[used, ExactResume(seed=0)]).fit(model, data, ckpt_path="end.ckpt")
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+        wanted = OneCycle(optimizer, total, cycle_momentum=True, warmup_share=0.5)
+        assert used.rates == pytest.approx([wanted.factor(step) for step in range(16, total)])
+        assert model.trainer.optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:resumed, but not as if never")
+def test_two_ranks_go_on_where_one_stopped(own_folder: Path) -> None:
+    class Tell(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            torch.save(used.rates, f"rates{trainer.global_rank}.pt")
+
+    model, data = head_alone(8, Linear)
+    quiet(max_epochs=2, callbacks=[Used(), ExactResume(seed=0)]).fit(model, data)
+    model, data = head_alone(8, Linear)
+    used, two = Used(), Dealt(data.batches, 2)
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork_find_unused_parameters_true"}
+    trainer = quiet(
+        max_epochs=4, callbacks=[used, ExactResume(seed=0), Tell()], use_distributed_sampler=False, **options
+    )
+    trainer.fit(model, two, ckpt_path="end.ckpt")
+    for rank in (0, 1):
+        assert torch.load(f"rates{rank}.pt") == pytest.approx(rates_by_hand(Linear, 24)[16:], abs=1e-9)
