@@ -61,6 +61,10 @@ class _Averaging(Callback):
         """What takes the place of the weights, in the order of `kept`."""
         raise NotImplementedError
 
+    def has_average(self) -> bool:
+        """Whether there is anything to take the weights' place."""
+        return bool(self.kept)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what would go wrong without a word; come first, so that others find the weights they expect."""
         self.fitting = stage == "fit"
@@ -130,7 +134,7 @@ class _Averaging(Callback):
     @torch.no_grad()
     def swap_in(self) -> None:
         """Puts the averaged weights into the module, unless they are there."""
-        if self.raw is None and self.kept:
+        if self.raw is None and self.has_average():
             weights = self._weights()
             averaged = self.averaged(weights)
             self.raw = {name: weight.clone() for name, weight in zip(self.kept, weights, strict=True)}
@@ -182,7 +186,7 @@ class _Averaging(Callback):
     @torch.no_grad()
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Averaged weights in place of the raw ones, under every name that a tied weight has."""
-        if self.raw is not None or not self.kept:
+        if self.raw is not None or not self.has_average():
             return
         weights = self._weights()
         averaged = [a.to(w.dtype) for a, w in zip(self.averaged(weights), weights, strict=True)]
@@ -265,6 +269,10 @@ class EMA(_Averaging):
         """The moving average."""
         return list(self.kept.values())
 
+    def has_average(self) -> bool:
+        """Not before the first update: what is kept are the weights that the run began with."""
+        return self.updates > 0
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn of each step that is really made."""
         self.stepped = False
@@ -284,6 +292,11 @@ class EMA(_Averaging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averaged weights in, to stay."""
         self._remove_hooks()
+        if not self.updates:
+            rank_zero_warn(
+                f"EMA never averaged: the run ended at step {trainer.global_step}, before the first update at step "
+                f"{self.every_n_steps}; the weights stay the raw ones: lower every_n_steps or train longer"
+            )
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -574,3 +574,21 @@ def test_an_average_of_another_module_is_refused(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "8.ckpt")
     with pytest.raises(ValueError, match=r"EMA of the checkpoint holds 'old.weight', which the module lacks \(1 such"):
         fit(EMA(0.8), ckpt_path=tmp_path / "8.ckpt")
+
+
+def test_a_run_that_ends_before_the_first_update_keeps_its_trained_weights(tmp_path: Path) -> None:
+    """Whatever would hold the average holds the raw weights: the validated, the saved, those after the fit."""
+    plain = Net()
+    fit(net=plain, max_epochs=2)
+    net = Net()
+    save = ModelCheckpoint(dirpath=tmp_path, filename="last", save_last=False)
+    with pytest.warns(
+        UserWarning, match=r"EMA never averaged: .* before the first update at step 50; .* lower every_n"
+    ):
+        fit(EMA(0.9, every_n_steps=50), save, net=net, max_epochs=2)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, net.state_dict()[name]), name
+    saved = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert all(torch.equal(weight, saved[name]) for name, weight in weights_of(plain).items() if name in saved)
+    seen = [[weights for stage, weights in one.seen if stage == "validate"][-1] for one in (plain, net)]
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
