@@ -13,8 +13,6 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from callbacks.warmup import steps_of_run
-
 from .parts.losses import weights_by_count
 from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
 from .parts.schedules import Plateau, Schedule
@@ -102,6 +100,8 @@ class Classifier(LightningModule):
         scheduled = getattr(schedule, "writes", ("lr",))
         for difference in reassert(optimizer, self._configured, scheduled):
             log.warning("resume: %s", difference)
+        from callbacks.warmup import steps_of_run  # not before the command line has seen whose callbacks these are
+
         total = steps_of_run(self.trainer)
         if isinstance(schedule, Schedule) and schedule.total_steps != total:  # resumed with other batches or devices
             anew: Any = self.schedule(optimizer, int(total))

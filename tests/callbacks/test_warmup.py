@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks import GradualUnfreezing, LRWarmup
+from callbacks import unfreezing as unfreezing_file
+from callbacks import warmup as warmup_file
 from callbacks.warmup import phase_of_groups, ramp
 from tests.nets import Net, data, fit, same, without_dropout
 
@@ -370,3 +373,9 @@ def test_a_share_of_max_steps_needs_no_length_of_the_data() -> None:
     warmup = LRWarmup(share=0.2)
     fit([warmup], train=DataLoader(Stream(), batch_size=4), max_epochs=-1, max_steps=20)
     assert warmup.length == 4
+
+
+def test_steps_are_counted_by_one_text() -> None:
+    """Each callback's file must be copyable alone."""
+    for name in ("steps_per_epoch", "step_at_epoch", "steps_of_run"):
+        assert inspect.getsource(getattr(warmup_file, name)) == inspect.getsource(getattr(unfreezing_file, name))
