@@ -23,13 +23,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 log = logging.getLogger(__name__)
 
+Role: TypeAlias = Literal["weight", "vector", "table"]
 Blocks: TypeAlias = dict[str, dict[str, nn.Parameter]]  # block -> dotted name -> parameter
 
 SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, SyncBatchNorm, LlamaRMSNorm: every library names them so
+NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...: every library names them so
+EMBEDDING = re.compile(r"Embed(ding)?s?$|PosEmb")  # QuantEmbedding, PosEmbedRel, ViTEmbeddings, ...
+TABLE = re.compile(r"token|pos|emb|bias|rel_|_rel|latent|prompt|_log$")  # reg_token, relative_position_bias_table, ...
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, ParametrizationList)
 
 
 @runtime_checkable
@@ -54,6 +59,7 @@ def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blo
     Raises:
         ValueError: A pattern or path that decides on no parameter, or a parameter in no block.
     """
+    inferred = patterns is None and not isinstance(module, HasLayerGroups)
     if patterns is None:
         groups = module.layer_groups() if isinstance(module, HasLayerGroups) else infer_blocks(module)
         tests = {block: rf"^({'|'.join(map(re.escape, paths))})(\.|$)" for block, paths in groups.items()}
@@ -65,7 +71,7 @@ def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blo
         for name, parameter in module.named_parameters(remove_duplicate=patterns is not None):
             if re.search(pattern, name):
                 home.setdefault(parameter, block)
-        if block not in home.values():
+        if block not in home.values() and not inferred:  # as T5's own embedding of tokens, which is a shared one
             hint = _did_you_mean(block, names)
             raise ValueError(f"block {block!r} holds no parameter, or none that an earlier block leaves to it{hint}")
     lost = [name for name, parameter in names.items() if parameter not in home]
@@ -148,6 +154,33 @@ def _is_slight(part: nn.Module | None) -> bool:
     return part is None or all(parameter.ndim < 2 for parameter in part.parameters())
 
 
+def role(holder: nn.Module, name: str, parameter: nn.Parameter) -> Role:
+    """What a parameter is for, by the type of the module that holds it, its name and its shape.
+
+    Args:
+        holder: Module of which `parameter` is an attribute.
+        name: The attribute's name, without the path to the module.
+        parameter: Only its shape counts, never its values.
+
+    Returns:
+        `table`: embeddings, and tokens, position tables and the like, which a composite module holds itself;
+        `vector`: norms, biases, scales and whatever else has but one dimension longer than 1; `weight`: all the rest.
+    """
+    kinds = [kind.__name__ for kind in type(holder).__mro__]
+    if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
+        return "table"
+    if parameter.ndim < 2 or any(map(NORM.search, kinds)):
+        return "vector"
+    if isinstance(holder, LAYERS):
+        return "vector" if name.startswith("bias") else "weight"
+    if TABLE.search(name) or any(map(EMBEDDING.search, kinds)):
+        return "table"
+    long = sum(size > 1 for size in parameter.shape)
+    if next(holder.children(), None) is not None:
+        return "weight" if long > 2 else "table"  # XLNet's maps to heads, stacked experts
+    return "weight" if long > 1 else "vector"  # a layer's scale, (96, 1, 1)
+
+
 def layerwise_param_groups(
     module: nn.Module,
     lr: float,
@@ -166,15 +199,15 @@ def layerwise_param_groups(
         module: Any network; its own `layer_groups()` count, else its blocks are inferred.
         lr: Rate of the last block, the head.
         layer_decay: Factor on the rate from each block to the one before it.
-        weight_decay: Of matrices, kernels; norms, biases and embeddings have none.
+        weight_decay: Of matrices, kernels; what has another `role` has none: norms, biases, embeddings, tokens.
         patterns: As in `find_blocks`.
     """
-    embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    tables = {parameter for embedding in embeddings for parameter in embedding.parameters()}
+    places = [(m, name, p) for m in module.modules() for name, p in m.named_parameters(recurse=False)]
+    spared = {p for holder, name, p in places if role(holder, name, p) != "weight"}
     blocks, groups = find_blocks(module, patterns), []
     for place, (block, members) in enumerate(blocks.items(), 1):
         rate = lr * layer_decay ** (len(blocks) - place)
-        free = {p for p in members.values() if p.ndim < 2 or p in tables}
+        free = spared & set(members.values())
         for name, decay, params in (
             (block, weight_decay, [p for p in members.values() if p not in free]),
             (f"{block}/no_decay", 0.0, [p for p in members.values() if p in free]),

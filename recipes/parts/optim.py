@@ -24,28 +24,36 @@ ParamGroup: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["weight", "vector", "table"]
 
 NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...: every library names them so
-TABLE = re.compile(r"token|position|pos_emb")  # class_token, relative_position_bias_table, pos_embedding, ...
-LAYERS_WITH_CHILDREN = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, ParametrizationList)
+EMBEDDING = re.compile(r"Embed(ding)?s?$|PosEmb")  # QuantEmbedding, PosEmbedRel, ViTEmbeddings, ...
+TABLE = re.compile(r"token|pos|emb|bias|rel_|_rel|latent|prompt|_log$")  # reg_token, relative_position_bias_table, ...
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, ParametrizationList)
 
 
 def role(holder: nn.Module, name: str, parameter: nn.Parameter) -> Role:
-    """What a parameter is for, by the type of the module that holds it.
+    """What a parameter is for, by the type of the module that holds it, its name and its shape.
 
     Args:
         holder: Module of which `parameter` is an attribute.
         name: The attribute's name, without the path to the module.
-        parameter: Only its number of dimensions counts, never its values.
+        parameter: Only its shape counts, never its values.
 
     Returns:
         `table`: embeddings, and tokens, position tables and the like, which a composite module holds itself;
-        `vector`: norms, biases and whatever else has one dimension; `weight`: everything else.
+        `vector`: norms, biases, scales and whatever else has but one dimension longer than 1; `weight`: all the rest.
     """
+    kinds = [kind.__name__ for kind in type(holder).__mro__]
     if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
         return "table"
-    if parameter.ndim < 2 or any(NORM.search(cls.__name__) for cls in type(holder).__mro__):
+    if parameter.ndim < 2 or any(map(NORM.search, kinds)):
         return "vector"
-    composite = next(holder.children(), None) is not None and not isinstance(holder, LAYERS_WITH_CHILDREN)
-    return "table" if composite or TABLE.search(name) else "weight"
+    if isinstance(holder, LAYERS):
+        return "vector" if name.startswith("bias") else "weight"
+    if TABLE.search(name) or any(map(EMBEDDING.search, kinds)):
+        return "table"
+    long = sum(size > 1 for size in parameter.shape)
+    if next(holder.children(), None) is not None:
+        return "weight" if long > 2 else "table"  # XLNet's maps to heads, stacked experts
+    return "weight" if long > 1 else "vector"  # a layer's scale, (96, 1, 1)
 
 
 def param_groups(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop, Rprop, SparseAdam
 
+from callbacks import layerwise_param_groups, unfreezing
+from recipes.parts import optim
 from recipes.parts.optim import MuonWithAdamW, build_optimizer, describe, param_groups, reassert, role, snapshot
 from recipes.parts.schedules import Cosine, Linear, OneCycle
 
@@ -694,3 +696,86 @@ def test_the_example_of_the_module_works_with_a_schedule() -> None:
         schedule.step()
     assert losses[-1] < losses[0]
     assert describe(optimizer)[-1].lr == 0.0
+
+
+# --- the callbacks' copy of the rule -------------------------------------------------------------------------------
+
+
+def torchvision_net(name: str) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name)  # type: ignore[no-any-return]
+
+
+def timm_net(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)  # type: ignore[no-any-return]
+
+
+def transformers_net(kind: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    return AutoModel.from_config(AutoConfig.for_model(kind))  # type: ignore[no-any-return]
+
+
+SPARED: list[tuple[Any, str, list[str], list[str]]] = [  # builder, name, some that are spared and some that decay
+    (torchvision_net, "vit_b_16", ["class_token", "encoder.pos_embedding", "encoder.ln.weight"], ["conv_proj.weight"]),
+    (
+        torchvision_net,
+        "swin_v2_t",
+        ["features.1.0.attn.logit_scale"],
+        ["features.1.0.attn.cpb_mlp.0.weight", "features.1.0.attn.qkv.weight"],
+    ),
+    (torchvision_net, "swin_t", ["features.1.0.attn.relative_position_bias_table"], ["head.weight"]),
+    (torchvision_net, "convnext_tiny", ["features.1.0.layer_scale"], ["features.1.0.block.0.weight"]),
+    (timm_net, "deit_tiny_distilled_patch16_224", ["cls_token", "dist_token", "pos_embed"], ["head_dist.weight"]),
+    (timm_net, "beit_base_patch16_224", ["blocks.0.gamma_1", "blocks.0.attn.relative_position_bias_table"], []),
+    (timm_net, "vit_base_patch14_dinov2", ["blocks.0.ls1.gamma", "cls_token"], ["blocks.0.attn.qkv.weight"]),
+    (timm_net, "fastvit_t8", ["stages.0.blocks.0.token_mixer.layer_scale.gamma"], ["head.fc.weight"]),
+    (timm_net, "resmlp_12_224", ["blocks.0.norm1.alpha"], ["blocks.0.linear_tokens.weight"]),
+    (timm_net, "halonet26t", ["stages.2.1.self_attn.pos_embed.height_rel"], ["stages.2.1.self_attn.kv.weight"]),
+    (timm_net, "vit_so400m_patch14_siglip_224", ["attn_pool.latent"], ["attn_pool.kv.weight"]),
+    (
+        transformers_net,
+        "bert",
+        ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "embeddings.LayerNorm.weight"],
+        ["encoder.layer.0.attention.self.query.weight", "pooler.dense.weight"],
+    ),
+    (transformers_net, "deberta-v2", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight"], []),
+    (transformers_net, "dinov2", ["embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"], []),
+    (transformers_net, "convnextv2", ["encoder.stages.0.layers.0.grn.weight"], []),
+    (transformers_net, "t5", ["shared.weight", "encoder.block.0.layer.0.layer_norm.weight"], []),
+    (transformers_net, "gpt2", ["wte.weight", "wpe.weight", "ln_f.weight"], ["h.0.attn.c_attn.weight"]),
+    (transformers_net, "llama", ["embed_tokens.weight", "norm.weight"], ["layers.0.mlp.up_proj.weight"]),
+    (transformers_net, "xlnet", ["layer.0.rel_attn.r_w_bias", "mask_emb"], ["layer.0.rel_attn.q"]),
+    (transformers_net, "ibert", ["embeddings.word_embeddings.weight"], ["encoder.layer.0.attention.self.query.weight"]),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of theirs
+@pytest.mark.parametrize(("build", "name", "spared", "decays"), SPARED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_is_not_decayed_in_nets_of_all_libraries(
+    build: Any, name: str, spared: list[str], decays: list[str]
+) -> None:
+    """Both the recipes' groups and those of the callback's file: class tokens, tables, scales, norms, embeddings."""
+    with torch.device("meta"):
+        net = build(name)
+    ours = param_groups(net, {"all": [""]}, weight_decay=0.1)
+    theirs = layerwise_param_groups(net, lr=1.0, weight_decay=0.1)
+    free = [{p for g in groups if g["weight_decay"] == 0.0 for p in g["params"]} for groups in (ours, theirs)]
+    assert free[0] == free[1]
+    found = {path: parameter in free[0] for path, parameter in net.named_parameters(remove_duplicate=False)}
+    assert all(found[path] for path in spared)
+    assert not any(found[path] for path in decays)
+    linear = {m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    tied = {m.weight for m in net.modules() if isinstance(m, nn.Embedding)}
+    assert not free[0] & (linear - tied), "matrices decay"
+    assert all(p in free[0] for p in net.parameters() if p.ndim < 2)
+
+
+def test_the_rule_is_one_text() -> None:
+    """The callback's file must be copyable alone, and the parts know no callback: so it is there twice."""
+    assert inspect.getsource(unfreezing.role) == inspect.getsource(role)
+    for name in ("NORM", "EMBEDDING", "TABLE", "LAYERS"):
+        assert getattr(unfreezing, name) == getattr(optim, name)
