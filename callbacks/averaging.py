@@ -15,9 +15,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -71,14 +69,14 @@ class _Averaging(Callback):
         if not self.fitting:
             return
         name = type(self).__name__
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"{name} averages whole tensors; {type(trainer.strategy).__name__} divides them among ranks: "
                 "use DDP or one device"
             )
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         for other in others:
-            if isinstance(other, _Averaging | WeightAveraging | StochasticWeightAveraging):
+            if isinstance(other, _Averaging) or _is(other, "WeightAveraging", "StochasticWeightAveraging"):
                 raise ValueError(f"{name} and {type(other).__name__} would both replace the weights; take one of them")
             if getattr(other, "save_weights_only", False):
                 raise ValueError(
@@ -197,6 +195,11 @@ class _Averaging(Callback):
         for name, tensor in names:
             if name in checkpoint["state_dict"] and id(tensor) in by_tensor:
                 checkpoint["state_dict"][name] = by_tensor[id(tensor)]
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import LBFGS, Optimizer
@@ -194,7 +193,7 @@ class AGC(Callback):
             linear = [(name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Linear)]
             self.excluded: set[Tensor] = set(linear[-1][1].parameters()) if linear else set()
             if trainer.is_global_zero:
-                log.info(f"AGC does not clip {linear[-1][0]}" if linear else "AGC found no linear layer to leave out")
+                _say(f"AGC does not clip {linear[-1][0]}" if linear else "AGC found no linear layer to leave out")
         else:
             self.excluded = {named[name] for pattern in self.exclude for name in _matches(pattern, named)}
         transposed = [m for m in pl_module.modules() if isinstance(m, _ConvTransposeNd)]
@@ -205,6 +204,16 @@ class AGC(Callback):
         clipped = clip_units_(parameters, self.ratio, self.eps, self.unit_dims)
         if _logs_now(trainer):
             pl_module.log("agc/clipped", clipped)
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 
 def _live(optimizer: Optimizer) -> list[Any]:
@@ -225,13 +234,13 @@ def _matches(pattern: str, names: Mapping[str, Any]) -> list[str]:
 def _move_last(trainer: Trainer, callback: Callback) -> None:
     """Behind all others but checkpoints, which Lightning wants last; a new list, since this one is being walked."""
     others = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
-    last = [other for other in others if isinstance(other, Checkpoint)]
+    last = [other for other in others if _is(other, "Checkpoint")]
     trainer.callbacks = [*(o for o in others if o not in last), callback, *last]  # type: ignore[attr-defined]
 
 
 def _prepare(trainer: Trainer) -> None:
     """Refuses what would go wrong; makes a float16 scaler unscale before the hooks, for fused optimisers too."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
         name = type(trainer.strategy).__name__
         raise ValueError(f"adaptive clipping needs whole gradients, received {name}, which divides them; use DDP")
     for optimizer in trainer.optimizers:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import Optimizer
@@ -114,12 +113,12 @@ class Constrain(Callback):
         """Move behind all others but checkpoints; a new list, since this one is being walked."""
         if stage == "fit":
             others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
-            last = [other for other in others if isinstance(other, Checkpoint)]
+            last = [other for other in others if _is(other, "Checkpoint")]
             trainer.callbacks = [*(o for o in others if o not in last), self, *last]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Constrain what there is, and from now on what updates make of it."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             name = type(trainer.strategy).__name__
             raise ValueError(f"Constrain needs whole parameters, received {name}, which divides them; train with DDP")
         transposed = {m.weight for m in pl_module.modules() if isinstance(m, _ConvTransposeNd)}
@@ -129,7 +128,7 @@ class Constrain(Callback):
         self.apply(self.unit_dims)
         moved = [name for name, old in before.items() if not torch.equal(old, named[name])]
         if moved and trainer.is_global_zero:
-            log.info(f"Constrain({self.pattern!r}) moved, before the first step: {', '.join(moved)}")
+            _say(f"Constrain({self.pattern!r}) moved, before the first step: {', '.join(moved)}")
         self.hooks += [optimizer.register_step_post_hook(self._after) for optimizer in trainer.optimizers]
 
     def apply(self, parameters: Iterable[Tensor]) -> None:
@@ -222,7 +221,7 @@ class RateBounds(Callback):
                     self.bound ^= {id(group)}
                     if self.speaks:
                         bounded = f" -> {allowed:.3g}" if allowed != rate else ""
-                        log.info(f"rate of group {name!r}: {rate:.3g}{bounded}")
+                        _say(f"rate of group {name!r}: {rate:.3g}{bounded}")
                 group["lr"] = allowed
             self.before.append((group, before, allowed))
 
@@ -266,3 +265,13 @@ def _check_range(minimum: float | None, maximum: float | None) -> None:
     least, most = -math.inf if minimum is None else minimum, math.inf if maximum is None else maximum
     if not least <= most:
         raise ValueError(f"expected minimum <= maximum, received {minimum} and {maximum}")
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)

@@ -24,9 +24,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -404,7 +403,7 @@ class _Squares:
             with contextlib.suppress(RuntimeError):  # torch.func knows not everything
                 self.add_vmap(batch, vectors, expected)
                 return "vmap"
-        log.info("EWC: no known layer accounts for %s: per-sample gradients one by one", _some(missing))
+        _say("EWC: no known layer accounts for %s: per-sample gradients one by one", _some(missing))
         return "loop"
 
     def add(self, batch: Any, vectors: Vectors) -> None:
@@ -948,7 +947,7 @@ class EWC(Callback):
         """Refuse what cannot work; forget the last fit's run, but not its task."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             name = type(trainer.strategy).__name__
             raise RuntimeError(f"EWC needs whole parameters, and {name} splits them; take ddp or one device")
         self.active = self._penalty = None
@@ -1023,7 +1022,7 @@ class EWC(Callback):
     def _report(self, trainer: Trainer, memory: Memory, trained: Sequence[str]) -> None:
         """Say what is held; warn where the mode gradient would diverge."""
         if trainer.is_global_zero:
-            log.info(
+            _say(
                 "EWC: %d tensors of %s numbers are held at %s, %s, strength %g; free: %s",
                 len(memory.fisher),
                 f"{sum(t.numel() for t in memory.fisher.values()):,}",
@@ -1100,8 +1099,8 @@ class EWC(Callback):
         path = self.save or Path(trainer.log_dir or trainer.default_root_dir) / "fisher.safetensors"
         if trainer.is_global_zero:
             save_memory(path, self.memory)
-            log.info("EWC: Fisher of %(samples)d samples (%(estimator)s)", self.memory.tasks[-1])
-            log.info("EWC: took %.1f s; written to %s", time.monotonic() - started, path)
+            _say("EWC: Fisher of %(samples)d samples (%(estimator)s)", self.memory.tasks[-1])
+            _say("EWC: took %.1f s; written to %s", time.monotonic() - started, path)
         trainer.strategy.barrier("Fisher written")
 
     def _take(self, trainer: Trainer, pl_module: LightningModule) -> Memory:
@@ -1255,3 +1254,13 @@ def _check(name: str, value: object, right: bool, expected: str) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -276,7 +276,7 @@ class L2SP(Callback):
             )
         if trainer.is_global_zero and not self.start:
             size = sum(p.numel() for p in anchored.values())
-            log.info(f"L2SP starts from step {trainer.global_step}: {len(anchored)} tensors, {size:,} parameters")
+            _say(f"L2SP starts from step {trainer.global_step}: {len(anchored)} tensors, {size:,} parameters")
         self.start = {name: self.start.get(name, p).detach().to(p, copy=True) for name, p in anchored.items()}
         self.anchors: dict[Tensor, Tensor] = {p: self.start[name] for name, p in anchored.items()}
         self.head: dict[Tensor, None] = {p: None for p in pl_module.parameters() if p not in self.anchors}
@@ -321,6 +321,16 @@ class L2SP(Callback):
         self.start = state_dict["start"]
 
 
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
+
+
 def _select(
     module: nn.Module, patterns: Sequence[str], exclude: Sequence[str], norms_and_biases: bool = True
 ) -> dict[str, nn.Parameter]:
@@ -362,7 +372,7 @@ def _after_updates(optimizers: Sequence[Optimizer], act: Callable[[Mapping[str, 
 
 def _prepare(trainer: Trainer, mode: Mode) -> None:
     """Refuses what would go wrong; makes a float16 scaler unscale before the hooks, for fused optimisers too."""
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+    if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
         name = type(trainer.strategy).__name__
         raise ValueError(f"penalties need whole parameters, received {name}, which divides them; train with DDP")
     for optimizer in trainer.optimizers:

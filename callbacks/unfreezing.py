@@ -20,8 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -266,7 +265,8 @@ class Freeze(_Freezing):
         frozen_dropout: Leave dropout on in frozen blocks; BatchNorm's statistics stay as they are.
 
     Raises:
-        ValueError: Nothing is asked for, a pattern decides on no parameter, or nothing would train.
+        ValueError: Nothing is asked for, a pattern decides on no parameter, or nothing would train; another Freeze or
+            a finetuning callback of Lightning's.
 
     Example:
         >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)])  # doctest: +SKIP
@@ -327,11 +327,12 @@ class Freeze(_Freezing):
             self.frozen = close(self.chosen(module).values())
             self.frozen_parameters = _count(self.frozen)
             trains = _count(p for p in module.parameters() if p.requires_grad)
-            log.info(f"freeze: {_counted(self.frozen)} frozen, {trains:,} parameters train")
+            _say(f"freeze: {_counted(self.frozen)} frozen, {trains:,} parameters train")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before the strategy wraps the module, so that DDP never sees frozen parameters."""
         if stage == "fit":
+            _check_alone(trainer, self)
             self.hand_back()
             if any(True for _ in pl_module.parameters()):
                 self.freeze(pl_module)
@@ -483,7 +484,10 @@ class GradualUnfreezing(_Freezing):
             return [("step", self.every_steps * n) for n in count]
         points = self.at or [(self.over_share or 0.5) * n / len(count) for n in count]
         if min(points, default=1) < 1 and not math.isfinite(total_steps):
-            raise ValueError("a share of the run needs its length: set max_epochs or max_steps, or give every_steps")
+            raise ValueError(
+                "a share of the run needs its length: set max_epochs or max_steps, or give every_steps; for data without "
+                "a length, or several optimisers, it is max_steps"
+            )
         return [("step", max(math.ceil(p * total_steps - 1e-9), 1) if p < 1 else int(p)) for p in points[: len(count)]]
 
     def planned_steps(self, phases: int, total_steps: float, steps_per_epoch: float, begin: float = 0.0) -> list[float]:
@@ -510,6 +514,7 @@ class GradualUnfreezing(_Freezing):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
+            _check_alone(trainer, self)
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -526,7 +531,7 @@ class GradualUnfreezing(_Freezing):
         _check_groups(trainer, self.blocks)
         found = "layer_groups()" if isinstance(pl_module, HasLayerGroups) else "inferred"
         order = " | ".join(", ".join(part) for part in self.blocks)
-        log.info(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
+        _say(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
         self._show(pl_module, max(len(self.opening_steps) - 1, 0))  # more than 0 after a resume
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -613,7 +618,7 @@ class GradualUnfreezing(_Freezing):
             name: members for part in self.blocks[max(first, 1) : due + 1] for name, members in part.items()
         }
         self._show(pl_module, due)
-        self._say(trainer, first)
+        self._announce(trainer, first)
         rewrap(trainer, pl_module)
 
     def _show(self, pl_module: LightningModule, phase: int) -> None:
@@ -622,14 +627,14 @@ class GradualUnfreezing(_Freezing):
         self.frozen = close(chain(*self.phases[phase + 1 :]))
         self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
 
-    def _say(self, trainer: Trainer, first: int) -> None:
+    def _announce(self, trainer: Trainer, first: int) -> None:
         """One line, and the same to the loggers, on what is open from now on."""
         opened = set(chain(*self.phases[first : self._shown + 1]))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = sorted(float(group["lr"]) for group in groups if not opened.isdisjoint(group["params"]))
         lr = f"{rates[0]:.3g}" if rates[0] == rates[-1] else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         names, now = ", ".join(chain(*self.blocks[first : self._shown + 1])), self.blocks[: self._shown + 1]
-        log.info(
+        _say(
             f"unfreezing: step {trainer.global_step}, epoch {trainer.current_epoch}: {names} open, {_counted(opened)} "
             f"at lr {lr}; {sum(map(len, now))} of {sum(map(len, self.blocks))} blocks"
         )
@@ -669,8 +674,8 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
 
     All ranks must call it at the same step, between an update and the next forward pass.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
+    strategy: Any = trainer.strategy
+    if _is(strategy, "DDPStrategy"):
         for parameter in pl_module.parameters():
             parameter.grad = None  # may be a view into the old reducer's buckets
         strategy.model = pl_module
@@ -701,8 +706,8 @@ def weight_hash(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Optimiser steps in an epoch; infinite where the data has no length."""
-    batches = float(trainer.num_training_batches)
+    """Optimiser steps in an epoch; infinite where the data has no length, or several optimisers step as they like."""
+    batches = float(trainer.num_training_batches) if len(trainer.optimizers) < 2 else math.inf
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
@@ -738,11 +743,20 @@ def check_strategy(trainer: Trainer) -> None:
     Raises:
         ValueError: The strategy is neither DDP nor a single device.
     """
-    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+    if not _is(trainer.strategy, "DDPStrategy", "SingleDeviceStrategy"):
         raise ValueError(
             f"GradualUnfreezing works on one device and under DDP; {type(trainer.strategy).__name__} fixes what "
             "trains when it shards the module: use ddp, or Freeze for what never trains"
         )
+
+
+def _check_alone(trainer: Trainer, callback: Callback) -> None:
+    """Refuse what would freeze and open the same parameters; Freeze and GradualUnfreezing go together."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is not callback and (isinstance(other, type(callback)) or _is(other, "BaseFinetuning")):
+            own, its = type(callback).__name__, type(other).__name__
+            both = f"two {own}" if own == its else f"{own} and {its}"
+            raise ValueError(f"{both} would each open what the other keeps frozen; give one of them")
 
 
 def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
@@ -762,13 +776,23 @@ def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
     steps = (per_epoch if whole else batches / trainer.accumulate_grad_batches) * (trainer.check_val_every_n_epoch or 1)
     spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * per_epoch if trainer.min_epochs else 0.0)
     for stop in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(stop, EarlyStopping) and not getattr(stop, "waits_for_phases", False):
+        if _is(stop, "EarlyStopping") and not getattr(stop, "waits_for_phases", False):
             earliest = (stop.patience + 1) * steps
             if max(earliest, spared) <= last_opening:
                 raise ValueError(
                     f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "
                     "blocks open: raise its patience, set min_epochs, or use PhaseAwareEarlyStopping"
                 )
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
+
+OWN_WARMUPS = ("warmup_steps", "num_warmup_steps", "warmup_t", "warmup_epochs", "warmup_iters")
 
 Shape: TypeAlias = Literal["linear", "cosine", "exponential"]
 
@@ -69,8 +72,8 @@ class LRWarmup(Callback):
         per_block: Whether blocks that open later warm up anew.
 
     Raises:
-        ValueError: The warm-up doesn't fit into the run; there are several optimisers, or no momentum to warm up; a
-            parameter group holds blocks that open at different times.
+        ValueError: The warm-up doesn't fit into the run; another LRWarmup or the schedule warms up, too; there are
+            several optimisers, or no momentum to warm up; a parameter group holds blocks that open at different times.
 
     Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
 
@@ -142,6 +145,8 @@ class LRWarmup(Callback):
         if stage == "fit":
             self._reset()
             others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+            if any(isinstance(other, LRWarmup) for other in others):
+                raise ValueError("two LRWarmup would multiply: the rate would rise by the square; give one of them")
             openers = [other for other in others if isinstance(other, OpensPhases)]
             rest = [other for other in others if not isinstance(other, OpensPhases)]
             self.opener = openers[0] if openers else None  # type: ignore[assignment]
@@ -152,6 +157,12 @@ class LRWarmup(Callback):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"LRWarmup serves one optimiser; this module has {len(trainer.optimizers)}")
         optimizer = trainer.optimizers[0]
+        for config in trainer.lr_scheduler_configs:
+            if own := own_warmup(config.scheduler):
+                raise ValueError(
+                    f"LRWarmup and the warm-up of {type(config.scheduler).__name__} itself ({own}) would multiply: "
+                    "switch off the schedule's own, or leave LRWarmup out"
+                )
         total, per_epoch = steps_of_run(trainer), steps_per_epoch(trainer)
         self.length = self.planned_length(total, per_epoch, step_at_epoch(trainer, 0))
         self._later_length = self.length if self.epochs is None else round(self.epochs * per_epoch)
@@ -172,7 +183,7 @@ class LRWarmup(Callback):
         self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         if trainer.global_step < self.length or len(phases) > 1:
             clocks = ", each block from its opening" if len(phases) > 1 else ""
-            log.info("warm-up: %s over %d optimiser steps%s", self.shape, self.length, clocks)
+            _say(f"warm-up: {self.shape} over {self.length} optimiser steps{clocks}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the rate of the coming step."""
@@ -231,8 +242,8 @@ class LRWarmup(Callback):
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Optimiser steps in an epoch; infinite where the data has no length."""
-    batches = float(trainer.num_training_batches)
+    """Optimiser steps in an epoch; infinite where the data has no length, or several optimisers step as they like."""
+    batches = float(trainer.num_training_batches) if len(trainer.optimizers) < 2 else math.inf
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
@@ -262,6 +273,21 @@ def steps_of_run(trainer: Trainer) -> float:
     return min(ends if steps == -1 else [*ends, steps])
 
 
+def own_warmup(scheduler: Any) -> str:
+    """What a schedule says of a warm-up of its own, such as `warmup_steps=100`; empty where it has none.
+
+    Found by the names that they go by here, in transformers and in timm. LinearLR of torch is left to its user: it may
+    be there to decay.
+    """
+    inner = [found for each in getattr(scheduler, "_schedulers", ()) if (found := own_warmup(each))]
+    lambdas = [getattr(function, "keywords", {}) for function in getattr(scheduler, "lr_lambdas", ())]
+    facts = {key: value for options in (*lambdas, vars(scheduler)) for key, value in options.items()}
+    named = (
+        f"{key}={facts[key]:g}" for key in OWN_WARMUPS if isinstance(facts.get(key), int | float) and facts[key] > 0
+    )
+    return next(named, inner[0] if inner else "")
+
+
 def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter]]) -> list[int]:
     """Phase in which each parameter group opens; 0 where no phases are known.
 
@@ -280,6 +306,11 @@ def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter
             )
         found.append(mixed[0] if mixed else 0)
     return found
+
+
+def _say(text: str, *values: Any) -> None:
+    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 
 def _between(low: float, high: float, share: float) -> float:

@@ -592,3 +592,10 @@ def test_a_run_that_ends_before_the_first_update_keeps_its_trained_weights(tmp_p
     assert all(torch.equal(weight, saved[name]) for name, weight in weights_of(plain).items() if name in saved)
     seen = [[weights for stage, weights in one.seen if stage == "validate"][-1] for one in (plain, net)]
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+
+
+def test_twice_is_refused() -> None:
+    with pytest.raises((ValueError, RuntimeError), match="more than one stateful callback of type `EMA`|both replace"):
+        fit(EMA(0.9), EMA(0.99))
+    with pytest.raises(ValueError, match="EMA and Interpolation would both replace the weights"):
+        fit(EMA(0.9), Interpolation(0.5))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -719,3 +719,32 @@ def test_an_early_stop_is_reckoned_with_short_last_accumulations() -> None:
     fit([GradualUnfreezing(at=[5]), stop], **options)
     with pytest.raises(ValueError, match="could end the run"):
         fit([GradualUnfreezing(at=[6]), stop], **options)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        ([Freeze(1), Freeze(2)], "two Freeze would each open"),
+        ([GradualUnfreezing(), GradualUnfreezing(every_epochs=1)], "two GradualUnfreezing would each open"),
+        ([Freeze(1), BackboneFinetuning()], "Freeze and BackboneFinetuning would each open"),
+        ([BackboneFinetuning(), GradualUnfreezing()], "GradualUnfreezing and BackboneFinetuning would each open"),
+    ],
+)
+def test_two_that_freeze_are_refused(callbacks: list[Any], words: str) -> None:
+    class WithBackbone(Net):
+        @property
+        def backbone(self) -> nn.Module:
+            return self.layer1
+
+    with pytest.raises((ValueError, RuntimeError), match=f"{words}|more than one stateful callback of type"):
+        fit(callbacks, WithBackbone())
+
+
+def test_it_is_seen_where_nobody_has_configured_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    fit([Freeze(patterns={"^stem": False}), GradualUnfreezing(every_epochs=1, blocks_per_phase=2)])
+    for words in (
+        "freeze: 2 tensors",
+        "unfreezing: phases of blocks",
+        "unfreezing: step 12, epoch 1: mix, layer2 open",
+    ):
+        assert caplog.text.count(words) == 1

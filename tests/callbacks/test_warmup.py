@@ -22,6 +22,7 @@ from callbacks import GradualUnfreezing, LRWarmup
 from callbacks import unfreezing as unfreezing_file
 from callbacks import warmup as warmup_file
 from callbacks.warmup import phase_of_groups, ramp
+from recipes.parts.schedules import Cosine, OneCycle
 from tests.nets import Net, data, fit, same, without_dropout
 
 
@@ -379,3 +380,50 @@ def test_steps_are_counted_by_one_text() -> None:
     """Each callback's file must be copyable alone."""
     for name in ("steps_per_epoch", "step_at_epoch", "steps_of_run"):
         assert inspect.getsource(getattr(warmup_file, name)) == inspect.getsource(getattr(unfreezing_file, name))
+
+
+class Announced(schedulers.LambdaLR):
+    """A schedule by somebody else that says of its warm-up what timm's do."""
+
+    warmup_t = 0
+
+    def __init__(self, optimizer: Any, steps: int) -> None:
+        super().__init__(optimizer, lambda step: min(1.0, (step + 1) / (steps + 1)))
+        self.warmup_t = steps
+
+
+def transformers_schedule(steps: int) -> Any:
+    from transformers import get_linear_schedule_with_warmup
+
+    return partial(get_linear_schedule_with_warmup, num_warmup_steps=steps, num_training_steps=48)
+
+
+WARM: dict[str, tuple[Any, Any]] = {  # with a warm-up of its own, and without
+    "ours": (partial(Cosine, total_steps=48, warmup_steps=3), partial(Cosine, total_steps=48)),
+    "ours, by share": (partial(OneCycle, total_steps=48, warmup_share=0.1), partial(OneCycle, total_steps=48)),
+    "transformers": (transformers_schedule(3), transformers_schedule(0)),
+    "another": (partial(Announced, steps=3), partial(Announced, steps=0)),
+    "inside another": (
+        lambda o: schedulers.ChainedScheduler([Cosine(o, 48, warmup_steps=3)]),
+        lambda o: schedulers.ChainedScheduler([Cosine(o, 48)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WARM)
+def test_a_schedule_that_warms_up_itself_is_refused(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"LRWarmup and the warm-up of \w+ itself \(\w+=[35]\) would multiply: switch off"
+    ):
+        fit([LRWarmup(steps=3)], Net(SGD, WARM[kind][0]), max_epochs=1)
+    fit([LRWarmup(steps=3)], Net(SGD, WARM[kind][1]), max_epochs=1)
+
+
+def test_two_warmups_are_refused() -> None:
+    with pytest.raises(ValueError, match="two LRWarmup would multiply"):
+        fit([LRWarmup(steps=3), LRWarmup(epochs=1)])
+
+
+def test_it_is_seen_where_nobody_has_configured_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    fit([LRWarmup(steps=3)], max_epochs=1)
+    assert caplog.text.count("warm-up: linear over 3 optimiser steps") == 1
