@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -210,7 +210,7 @@ class StopOnNonFinite(Callback):
             self.skipped = 0
             self._let_go()
             others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
-            last = [other for other in others if isinstance(other, Checkpoint)]
+            last = [other for other in others if _is(other, "Checkpoint")]
             trainer.callbacks = [*(o for o in others if o not in last), self, *last]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -366,6 +366,11 @@ class Phased(Protocol):
 
     all_open: bool
     """Whether the last phase has begun."""
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
 
 
 class PhaseAwareEarlyStopping(EarlyStopping):

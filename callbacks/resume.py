@@ -24,9 +24,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -178,7 +176,7 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install what decides about randomness and position; come first, so that other hooks draw under its seed."""
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
             return
@@ -192,7 +190,9 @@ class ExactResume(Callback):
         if not hasattr(trainer.fit_loop.epoch_loop, "_skip_next_val"):
             raise RuntimeError("ExactResume needs the fit loop of Lightning 2.6; install lightning>=2.6,<2.7")
         source, epoch_loop = trainer.fit_loop._data_source, trainer.fit_loop.epoch_loop
-        vars(source)["dataloader"] = partial(self._train_loaders, source)
+        loop = next(kind for kind in type(trainer.fit_loop).__mro__ if kind.__name__ == "_FitLoop")
+        own = sys.modules[loop.__module__].CombinedLoader  # of lightning or pytorch_lightning, whose Trainer it is
+        vars(source)["dataloader"] = partial(self._train_loaders, source, own)
         vars(epoch_loop)["on_run_start"] = partial(self._start_epoch, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -202,21 +202,22 @@ class ExactResume(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same. A signal to terminate comes when all that follows a validation has been done."""
-        if isinstance(exception, SIGTERMException) and self.validation[2] == "over":
+        if _is(exception, "SIGTERMException") and self.validation[2] == "over":
             self.validation = (-1, -1, "")
         self.teardown(trainer, pl_module, "fit")
 
-    def _train_loaders(self, source: Any) -> _Replay:
+    def _train_loaders(self, source: Any, own: type[CombinedLoader]) -> _Replay:
         """In place of the data source's `dataloader`."""
         loaders = type(source).dataloader(source)
-        if not isinstance(loaders, CombinedLoader):
-            loaders = CombinedLoader(loaders, "max_size_cycle")  # as Lightning does
-        elif type(loaders) is not CombinedLoader:
+        if not _is(loaders, "CombinedLoader"):
+            loaders = own(loaders, "max_size_cycle")  # as Lightning does
+        elif type(loaders).__name__ != "CombinedLoader":
             raise TypeError(
                 f"ExactResume expects training data in DataLoaders or a CombinedLoader; received {type(loaders)}, "
                 "whose own way of iterating would be lost; return its loaders, or leave ExactResume out"
             )
-        return _Replay(loaders)
+        replay: _Replay = type("_Replay", (_Replay, own), {})(loaders)
+        return replay
 
     def _start_epoch(self, trainer: Trainer, fetcher: Any) -> None:
         """In place of the epoch loop's `on_run_start`, which comes after all hooks of an epoch's start."""
@@ -257,7 +258,7 @@ class ExactResume(Callback):
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         validated_here = self.validation[:2] == (trainer.current_epoch, progress.completed)
         gradients = {}
-        plain = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        plain = _is(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy")
         if plain and _amid_accumulation(trainer) and not _amid_step(vars(progress)):
             grads = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             gradients = {name: trainer.strategy.reduce(g.clone(), reduce_op="mean") for name, g in grads.items()}
@@ -429,15 +430,17 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-class _Replay(CombinedLoader):
-    """The training loaders, iterated from where the run stands.
+class _Replay:
+    """The training loaders, iterated from where the run stands; comes before a CombinedLoader among the bases.
 
     Lightning makes an iterator too early, when it does not know the epoch yet. Closed, this one starts no worker and
     gives no batch; open, it gives an epoch's batches from a given one on, each under its own seed.
     """
 
+    _flattened: list[Any]
+
     def __init__(self, loaders: CombinedLoader) -> None:
-        super().__init__(loaders.iterables, loaders._mode)
+        super().__init__(loaders.iterables, loaders._mode)  # type: ignore[call-arg]
         self.close()
 
     def close(self) -> None:
@@ -454,7 +457,7 @@ class _Replay(CombinedLoader):
         plain = self._flattened
         self._flattened = [_Batches(loader, number, self) for number, loader in enumerate(plain)]
         try:
-            super().__iter__()
+            super().__iter__()  # type: ignore[misc]
         finally:
             self._flattened = plain
         self.batch, self.skipping = 0, False
@@ -466,7 +469,7 @@ class _Replay(CombinedLoader):
         while self.batch < self.skip:
             self.skipping = True
             try:
-                super().__next__()
+                super().__next__()  # type: ignore[misc]
             except StopIteration:
                 raise RuntimeError(
                     f"the checkpoint was written after batch {self.skip} of an epoch, which has only {self.batch} now; "
@@ -474,9 +477,14 @@ class _Replay(CombinedLoader):
                 ) from None
             self.batch += 1
         self.skipping = False
-        item = super().__next__()
+        item = super().__next__()  # type: ignore[misc]
         self.batch += 1
         return item
+
+
+def _is(thing: Any, *names: str) -> bool:
+    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
+    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
 
 
 class _Batches:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import callbacks as package
 from callbacks import EWC, GradualUnfreezing, LRWarmup
 from tests.nets import Net, quiet
+from tests.test_contracts import CASES
 from tests.test_layout import REPORT
 
 HOME = Path(package.__file__ or "").parent
@@ -197,3 +198,94 @@ trainer:
     assert found["GradualUnfreezing"].opening_steps == [0, 4, 8]
     assert found["LRWarmup"].length == 3
     assert Path("fisher.safetensors").is_file()
+
+
+# The other package of the same Trainer
+
+OTHER = """
+import pathlib, sys, torch, warnings
+warnings.simplefilter("ignore")
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Linear(4, 2)
+        self.dropout = torch.nn.Dropout(0.2)
+    def forward(self, x):
+        return self.head(self.dropout(self.body(x)))
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", torch.nn.functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+    def predict_step(self, batch, batch_idx):
+        return {"logits": self(batch[0])}
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+def fit(callback, path=None, **options):
+    whole = TensorDataset(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2)
+    keep = [ModelCheckpoint(dirpath=type(callback).__name__, filename="{step}", every_n_train_steps=3)]
+    settings = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+                "enable_model_summary": False, **options}
+    net = Plain()
+    more = [ExactResume(seed=0)] if type(callback).__name__ != "ExactResume" else []
+    trainer = Trainer(callbacks=[callback, *more, *keep], **settings)
+    trainer.fit(net, DataLoader(whole, 3, shuffle=True), DataLoader(whole, 6), ckpt_path=path)
+    return trainer, net
+
+class Two(ModelCheckpoint):
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), f"rank{trainer.global_rank}.pt")
+
+fit(EWC(save="fisher.safetensors"), max_epochs=1)
+for name, make in CASES.items():
+    torch.manual_seed(0)
+    (_, whole), (trainer, again) = fit(make()), fit(make(), f"{make().__class__.__name__}/step=6.ckpt")
+    assert trainer.global_step == 8, name
+    for one, other in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(one, other), name
+    print(name, "works")
+opener = GradualUnfreezing(every_steps=2)
+quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = Trainer(callbacks=[opener, Two()], devices=2, strategy="ddp_fork", max_epochs=4, **quiet)
+whole = TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 2)
+trainer.fit(Plain(), DataLoader(whole, 3))
+one, other = torch.load("rank0.pt"), torch.load("rank1.pt")
+assert all(torch.equal(one[name], other[name]) for name in one)
+print("two ranks agree")
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging
+for both, words in (([EMA(), StochasticWeightAveraging(0.1)], "would both replace the weights"),
+                    ([GradualUnfreezing(every_steps=5), EarlyStopping("val/loss", patience=0)], "could end the run")):
+    try:
+        trainer = Trainer(callbacks=both, max_epochs=6, enable_checkpointing=False, **quiet)
+        trainer.fit(Plain(), DataLoader(whole, 3), DataLoader(whole, 3))
+    except ValueError as error:
+        assert words in str(error), error
+        print("refused")
+"""
+
+
+@pytest.mark.parametrize("imports", ["lightning", "pytorch_lightning"])
+def test_a_trainer_of_pytorch_lightning(own_folder: Path, imports: str) -> None:
+    """Every callback as it is, or copied with its imports changed: fits, and resumes to the very weights."""
+    pytest.importorskip("pytorch_lightning")
+    shutil.copytree(HOME, own_folder / "callbacks", ignore=shutil.ignore_patterns("__pycache__"))
+    block = ""
+    if imports == "pytorch_lightning":
+        block = "import sys\nsys.modules['lightning'] = None\n"
+        for path in (own_folder / "callbacks").glob("*.py"):
+            text = path.read_text().replace("lightning.fabric", "lightning_fabric")
+            path.write_text(text.replace("lightning.pytorch", "pytorch_lightning"))
+    cases = {name: options for name, options in CASES.items() if name not in ("Constrain", "L2SP")}
+    cases |= {"Constrain": {"pattern": "weight", "maximum": 0.1}, "L2SP": {"strength": 1.0}}
+    built = ", ".join(f"{name!r}: lambda: callbacks.{name}(**{options!r})" for name, options in cases.items())
+    lines = ["import callbacks", "from callbacks import EMA, EWC, ExactResume, GradualUnfreezing"]
+    script = "\n".join([block, "import sys", "sys.path.insert(0, '.')", *lines, f"CASES = {{{built}}}", OTHER])
+    (own_folder / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-2:] == ["refused", "refused"], done.stdout + done.stderr[-3000:]
+    assert done.stdout.count(" works") == len(cases) and "two ranks agree" in done.stdout
