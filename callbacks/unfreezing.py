@@ -485,8 +485,8 @@ class GradualUnfreezing(_Freezing):
         points = self.at or [(self.over_share or 0.5) * n / len(count) for n in count]
         if min(points, default=1) < 1 and not math.isfinite(total_steps):
             raise ValueError(
-                "a share of the run needs its length: set max_epochs or max_steps, or give every_steps; for data without "
-                "a length, or several optimisers, it is max_steps"
+                "a share of the run needs its length: set max_epochs or max_steps, or give every_steps; for data "
+                "without a length, or several optimisers, it is max_steps"
             )
         return [("step", max(math.ceil(p * total_steps - 1e-9), 1) if p < 1 else int(p)) for p in points[: len(count)]]
 

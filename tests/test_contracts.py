@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import callbacks as package
 from callbacks import EWC, ExactResume
-from tests.nets import Net, data, fit
+from tests.nets import Net, data, fit, quiet
 
 CASES: dict[str, dict[str, Any]] = {
     "AGC": {"ratio": 0.001},
@@ -244,3 +244,71 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, accumulate: int) -> N
         scheduler = resumed.lr_schedulers().state_dict()  # type: ignore[union-attr]
         found = weights(resumed), resumed.trainer.optimizers[0].state_dict(), scheduler
         assert equal(found, end), path
+
+
+# However a run is cut short or repeated
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fit_validate_and_fit_again_go_on_with_one_instance(name: str) -> None:
+    """In one process, with one Trainer: nothing of the first fit is in the way of the validation or the second fit."""
+    callback, net = make(name), Net()
+    trainer = quiet(callbacks=[callback], max_epochs=1)
+    trainer.fit(net, shuffled(), data(8, seed=1))
+    before = weights(net)
+    trainer.validate(net, data(8, seed=1), verbose=False)
+    assert equal(before, weights(net)) and all(p.requires_grad for p in net.parameters())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(net, shuffled(), data(8, seed=1))
+    assert trainer.global_step == 12
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+class TwoOptimizers(Net):
+    """Steps as it likes."""
+
+    automatic_optimization = False  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        body, head = self.optimizers()  # type: ignore[attr-defined]
+        body.zero_grad()
+        head.zero_grad()
+        self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        body.step()
+        head.step()
+
+    def configure_optimizers(self) -> Any:
+        head = list(self.head["out"].parameters())
+        body = [p for p in self.parameters() if p not in set(head)]
+        return [torch.optim.SGD(body, lr=1e-2, momentum=0.9), torch.optim.Adam(head, lr=1e-2)]
+
+
+REFUSED = {
+    "AutoClip": "one optimiser",
+    "LRWarmup": "one optimiser",
+    "GradualUnfreezing": "several optimisers",
+    "StopOnNonFinite": "manual",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_optimizers_by_hand(name: str) -> None:
+    """Each works, or says that it can't."""
+    net = TwoOptimizers()
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            fit([make(name)], net, max_epochs=1)
+    else:
+        fit([make(name)], net, max_epochs=1)
+        assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+CUT = [{"overfit_batches": 2}, {"limit_train_batches": 0.5}, {"fast_dev_run": 8}]
+
+
+@pytest.mark.parametrize("cut", CUT, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
+def test_short_runs(name: str, cut: dict[str, Any]) -> None:
+    net = fit([make(name)], train=shuffled(), **cut)
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
