@@ -13,16 +13,17 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from callbacks.evaluation import (
-    bootstrap,
     calibration,
     class_centres,
     class_scores,
     confusion_matrix,
     evaluation,
+    f1_interval,
     fit_temperature,
     mcnemar,
     nearest_centre,
     paired_bootstrap,
+    wilson,
     worst_pairs,
 )
 
@@ -90,20 +91,57 @@ def test_the_temperature_is_the_likeliest() -> None:
 
 
 def test_intervals_are_scipys() -> None:
+    for right, size in ((7, 30), (176, 179), (1990, 2000), (1, 2)):
+        expected = stats.binomtest(right, size).proportion_ci(0.95, method="wilson")
+        assert wilson(right, size) == pytest.approx(tuple(expected), abs=1e-12)
     logits, labels = made()
-    said = logits.argmax(1)
-    found = bootstrap(labels, said, 7, draws=4000)
+    both = (labels.numpy(), logits.argmax(1).numpy())
 
     def f1(truth: np.ndarray, answers: np.ndarray) -> float:
         return float(metrics.f1_score(truth, answers, average="macro"))
 
     rng = np.random.default_rng(0)
-    hits = (labels == said).numpy().astype(float)
-    expected = stats.bootstrap((hits,), np.mean, method="percentile", n_resamples=4000, rng=rng).confidence_interval
-    assert found["accuracy"] == pytest.approx(tuple(expected), abs=0.006)
-    both = (labels.numpy(), said.numpy())
-    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 800, "rng": rng}
-    assert found["f1"] == pytest.approx(tuple(stats.bootstrap(both, f1, **options).confidence_interval), abs=0.01)
+    options = {"paired": True, "vectorized": False, "method": "BCa", "n_resamples": 800, "rng": rng}
+    expected = stats.bootstrap(both, f1, **options).confidence_interval
+    assert f1_interval(labels, logits.argmax(1), 7, draws=4000) == pytest.approx(tuple(expected), abs=0.01)
+
+
+@pytest.mark.parametrize("size", [30, 200, 2000])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_the_interval_of_a_share_covers_what_it_says(size: int, share: float) -> None:
+    ends = np.array([wilson(right, size) for right in range(size + 1)])
+    assert (np.diff(ends, axis=0) > 0).all() and 0 <= ends.min() and ends.max() <= 1
+    drawn = np.random.default_rng(0).binomial(size, share, 20_000)
+    simulated = ((ends[drawn, 0] <= share) & (share <= ends[drawn, 1])).mean()
+    inside = (ends[:, 0] <= share) & (share <= ends[:, 1])
+    exact = stats.binom.pmf(np.arange(size + 1), size, share)[inside].sum()
+    assert simulated == pytest.approx(exact, abs=0.006)
+    # of 30 at 0.9 no whole number of right answers gives less than 0.9742 above 0.9318
+    assert 0.93 <= exact <= (0.9743 if (size, share) == (30, 0.9) else 0.97)
+
+
+@pytest.mark.parametrize("size, share", [(30, 0.9), (200, 0.9), (200, 0.99), (2000, 0.99)])
+def test_the_interval_of_macro_f1_covers_what_it_says(size: int, share: float) -> None:
+    classes, generator = 3, torch.Generator().manual_seed(0)
+    truth, held, tried = torch.arange(size) % classes, 0, 0
+    for _ in range(300):  # classes of one size that err alike: macro F1 is the share that is right
+        labels = truth[torch.randint(size, (size,), generator=generator)]
+        slip = torch.rand(size, generator=generator) > share
+        said = (labels + slip * torch.randint(1, classes, (size,), generator=generator)) % classes
+        found = f1_interval(labels, said, classes, draws=200)
+        if found is not None:  # else there is no mistake, and the page says so
+            tried, held = tried + 1, held + (found[0] <= share <= found[1])
+    assert tried > 200 and 0.92 <= held / tried <= 0.985, held / tried
+
+
+def test_a_few_mistakes_do_not_reach_up_to_one() -> None:
+    labels = torch.arange(179) % 5
+    logits = 5 * torch.nn.functional.one_hot(labels, 5).float()
+    logits[:3] = logits[:3].roll(1, 1)
+    found = evaluation(logits, labels)
+    for name in ("accuracy", "f1"):
+        low, high = found[name]["interval"]
+        assert 0.93 < low < found[name]["value"] < high < 1, name
 
 
 @pytest.mark.parametrize("skill", [0.3, 0.6])
