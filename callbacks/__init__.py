@@ -1,4 +1,4 @@
-"""Lightning callbacks for fine-tuning; each file stands alone, but for report.py and its four siblings."""
+"""Lightning callbacks for fine-tuning; each file stands alone, but for report.py and its five siblings."""
 
 from .averaging import EMA, Interpolation
 from .clipping import AGC, AutoClip

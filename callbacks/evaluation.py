@@ -7,9 +7,9 @@ logits, counts as int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 MOST_FITTED = 10_000  # samples that a temperature is fitted on
 HIGHEST = 20.0  # temperature
 AT_ONCE = 1_000_000  # rows of a bootstrap in memory
+MOST_POINTS = 1000  # samples of a picture of scores
+THRESHOLDS = [n / 20 for n in range(1, 20)]  # of a label's probability
+
+
+Statistic: TypeAlias = Callable[[Tensor], Tensor]  # of rows, `(some, n)`, the values, `(some,)`
 
 
 class ClassScores(NamedTuple):
@@ -79,7 +84,7 @@ def wilson(right: int, size: int, level: float = 0.95) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / size), (middle + half) / (1 + z * z / size)
 
 
-def bootstrap(statistic: Callable[[Tensor], Tensor], size: int, *, draws: int = 1000, seed: int = 0) -> Tensor:
+def bootstrap(statistic: Statistic, size: int, *, draws: int = 1000, seed: int = 0) -> Tensor:
     """A statistic of samples drawn with replacement, again and again, `(draws,)` (Efron & Tibshirani 1993).
 
     Args:
@@ -99,24 +104,28 @@ def confusions(cells: Tensor, classes: int) -> Tensor:
     return torch.bincount(places.flatten(), minlength=len(cells) * classes**2).view(-1, classes, classes)
 
 
-def bca(drawn: Tensor, value: float, influence: Tensor, level: float = 0.95) -> tuple[float, float] | None:
+def bca(drawn: Tensor, value: float, influence: Tensor | None, level: float = 0.95) -> tuple[float, float] | None:
     """Bias-corrected, accelerated interval (Efron 1987): near a bound it is as lopsided as the draws are.
 
     Args:
         drawn: The statistic of each draw, `(draws,)`.
         value: The statistic itself.
-        influence: How far each sample moves it, up to a factor, `(n,)`; where none does, there is no interval.
+        influence: How far each sample moves it, up to a factor, `(n,)`; where none does, there is no interval. If not
+            given, the interval is corrected for bias alone.
         level: Share of the statistic's values that the interval is to hold.
     """
-    influence = influence.double()
-    spread = float(influence.square().sum())
-    if spread <= 0:
+    drawn, acceleration = drawn[drawn.isfinite()], 0.0
+    if influence is not None:
+        spread = float(influence.double().square().sum())
+        if spread <= 0:
+            return None
+        acceleration = float(influence.double().pow(3).sum()) / (6 * spread**1.5)
+    if not len(drawn):
         return None
     near = 1e-12 * max(1.0, abs(value))  # sums in another order
     below = float((drawn < value - near).double().mean() + ((drawn - value).abs() <= near).double().mean() / 2)
     normal, least = NormalDist(), 0.5 / len(drawn)
     bias = normal.inv_cdf(min(max(below, least), 1 - least))
-    acceleration = float(influence.pow(3).sum()) / (6 * spread**1.5)
     marks = []
     for share in ((1 - level) / 2, (1 + level) / 2):
         moved = bias + normal.inv_cdf(share)
@@ -127,7 +136,6 @@ def bca(drawn: Tensor, value: float, influence: Tensor, level: float = 0.95) -> 
 
 def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int = 1000) -> tuple[float, float] | None:
     """BCa interval of macro F1; none where all samples count alike, as without a mistake."""
-
     cells = labels * classes + predicted
     confusion = confusions(cells[None], classes)[0]
     size = (confusion.sum(0) + confusion.sum(1)).clamp(min=1).double()  # twice the F1's denominator
@@ -135,14 +143,6 @@ def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int =
     influence = 2 * (labels == predicted) / size[labels] - share[labels] - share[predicted]
     drawn = bootstrap(lambda rows: macro_f1(confusions(cells[rows], classes)), len(cells), draws=draws)
     return bca(drawn, float(macro_f1(confusion)), influence)
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The middle part of many values that holds `level` of them."""
-    low, high = torch.tensor(values, dtype=torch.double).quantile(
-        torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
-    )
-    return float(low), float(high)
 
 
 class Calibration(NamedTuple):
@@ -198,36 +198,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / math.sqrt(low * high)
 
 
-def mcnemar(first_right: Tensor, second_right: Tensor) -> float:
-    """Two-sided exact p-value that two classifiers err equally often (McNemar 1947), on the same samples.
-
-    Args:
-        first_right: Truth values, `(n,)`.
-        second_right: Truth values, `(n,)`.
-    """
-    only_first = int((first_right & ~second_right).sum())
-    only_second = int((second_right & ~first_right).sum())
-    differ = only_first + only_second
-    ways = math.lgamma(differ + 1) - differ * math.log(2)
-    logs = [ways - math.lgamma(k + 1) - math.lgamma(differ - k + 1) for k in range(min(only_first, only_second) + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
-
-
-def paired_bootstrap(
-    first_right: Tensor, second_right: Tensor, *, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the second's accuracy minus the first's, over samples drawn with replacement."""
-    gain = second_right.long() - first_right.long()
-    counts = torch.stack([(gain == value).sum() for value in (-1, 0, 1)]).double()
-    generator = torch.Generator().manual_seed(seed)
-    size = len(gain)
-    values = []
-    for _ in range(draws):
-        drawn = torch.multinomial(counts, size, replacement=True, generator=generator)
-        values.append(float(drawn.sum()) / size - 1)  # 0, 1, 2 stand for -1, 0, 1
-    return interval(values, level)
-
-
 def class_centres(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The mean direction of each class, `(classes, width)`, of features `(n, width)`; zeros where a class has none."""
     directions = torch.nn.functional.normalize(features.float(), dim=1)
@@ -272,3 +242,159 @@ def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor
         scaled = calibration((logits.double() / temperature).softmax(1), labels)
         out["calibration"] |= {"temperature": temperature, "error_with_temperature": scaled.error}
     return out
+
+
+def spearman(codes: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """Spearman's rank correlation of samples; nan where one of the two is constant.
+
+    Args:
+        codes: Of two values of each sample which in their order they are, `(n,)`; equal ones are one.
+        rows: Which samples, `(some, n)`.
+
+    Returns:
+        `(some,)`.
+    """
+    ranks = []
+    for code in codes:
+        drawn, kinds = code[rows], int(code.max()) + 1
+        places = drawn + torch.arange(len(rows))[:, None] * kinds
+        count = torch.bincount(places.flatten(), minlength=len(rows) * kinds).view(-1, kinds)
+        middle = count.cumsum(1) - (count - 1) / 2  # equal values share the mean of their ranks
+        rank = middle.double().gather(1, drawn)
+        ranks.append(rank - rank.mean(1, keepdim=True))
+    first, second = ranks
+    return (first * second).sum(1) / (first.square().sum(1) * second.square().sum(1)).sqrt()
+
+
+def in_order(values: Tensor) -> Tensor:
+    """Which in the order of all values each is, `(n,)`; equal ones are one."""
+    order = torch.unique(values, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+    return torch.as_tensor(order)
+
+
+def of_mean(values: Tensor) -> dict[str, Any]:
+    """The mean of a value of each sample, `(n,)`, and its interval."""
+    values = values.double()
+    drawn = bootstrap(lambda rows: values[rows].mean(1), len(values))
+    return {"value": float(values.mean()), "interval": bca(drawn, float(values.mean()), values - values.mean())}
+
+
+def score_evaluation(predicted: Tensor, labels: Tensor, *, mean: float | None = None) -> dict[str, Any]:
+    """Everything that a report says of predicted scores, as plain values.
+
+    Args:
+        predicted: `(n,)`.
+        labels: `(n,)`.
+        mean: Of the training labels, the answer of one who knows nothing else; if not given, the mean of these labels.
+    """
+    predicted, labels = predicted.double(), labels.double()
+    codes, rows = (in_order(predicted), in_order(labels)), torch.arange(len(labels))[None]
+    rank = float(spearman(codes, rows))
+    constant = float(labels.mean()) if mean is None else mean
+    off = predicted - labels
+    drawn = bootstrap(lambda rows: spearman(codes, rows), len(labels)) if math.isfinite(rank) else None
+    some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:MOST_POINTS].sort().values
+    return {
+        "samples": len(labels),
+        "spearman": None if drawn is None else {"value": rank, "interval": bca(drawn, rank, None)},
+        "mae": of_mean(off.abs()),
+        "mse": of_mean(off.square()),
+        "bias": of_mean(off),
+        "constant": {
+            "value": constant,
+            "of": "these" if mean is None else "training",
+            "mae": float((labels - constant).abs().mean()),
+            "mse": float((labels - constant).square().mean()),
+        },
+        "points": list(zip(labels[some].tolist(), predicted[some].tolist(), strict=True)),
+    }
+
+
+def label_counts(said: Tensor, labels: Tensor) -> Tensor:
+    """Rightly said, wrongly said and missed ones, `(3, n, labels)`, of truth values `(n, labels)`."""
+    return torch.stack([said & labels, said & ~labels, ~said & labels]).double()
+
+
+def label_f1(counts: Tensor, *, micro: bool) -> Tensor:
+    """F1 of all labels at once, or the mean of those that are there or were said; of counts `(..., 3, labels)`."""
+    right, wrong, missed = (counts.sum(-1, keepdim=True) if micro else counts).unbind(-2)
+    size = 2 * right + wrong + missed
+    return (2 * right / size.clamp(min=1)).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+
+
+def label_f1_with_interval(counts: Tensor, *, micro: bool) -> dict[str, Any]:
+    """F1 and its interval; counts as `label_counts` gives them."""
+    total = counts.sum(1)
+    right, wrong, missed = (counts.sum(2, keepdim=True) if micro else counts).unbind(0)
+    size = (2 * right + wrong + missed).sum(0).clamp(min=1)
+    share = 2 * right.sum(0) / size
+    influence = ((2 * right - share * (2 * right + wrong + missed)) / size).sum(1)
+    value, drawn = float(label_f1(total, micro=micro)), bootstrap(drawn_label_f1(counts, micro=micro), counts.shape[1])
+    return {"value": value, "interval": bca(drawn, value, influence)}
+
+
+def drawn_label_f1(counts: Tensor, *, micro: bool) -> Statistic:
+    """F1 over samples that are drawn; counts as `label_counts` gives them."""
+    by_sample = counts.permute(1, 0, 2).flatten(1)  # (n, 3 * labels)
+
+    def statistic(rows: Tensor) -> Tensor:
+        weights = torch.stack([torch.bincount(some, minlength=len(by_sample)) for some in rows]).double()
+        return label_f1((weights @ by_sample).view(len(rows), 3, -1), micro=micro)
+
+    return statistic
+
+
+def best_constant(labels: Tensor) -> dict[str, Any]:
+    """The labels that, said of every sample, have the highest micro F1; truth values `(n, labels)`."""
+    support, order = labels.sum(0).double().sort(descending=True, stable=True)
+    said = torch.arange(1, len(support) + 1) * len(labels)
+    f1 = 2 * support.cumsum(0) / (said + support.sum()).clamp(min=1)
+    return {"labels": order[: int(f1.argmax()) + 1].tolist(), "f1": float(f1.max())}
+
+
+def label_evaluation(
+    logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
+    """Everything that a report says of several labels a sample, as plain values; a label is said above one half.
+
+    Args:
+        logits: `(n, labels)`.
+        labels: 0 or 1, `(n, labels)`.
+        held_out: Logits and labels to find each label's threshold on, other samples than these.
+    """
+    probabilities, truth = logits.double().sigmoid(), labels > 0.5
+    counts = label_counts(probabilities > 0.5, truth)
+    right, wrong, missed = counts.sum(1)
+    whole = int((counts[1:].sum((0, 2)) == 0).sum())
+    curves = threshold_curves(probabilities, truth)
+    chosen_on = curves if held_out is None else threshold_curves(held_out[0].double().sigmoid(), held_out[1] > 0.5)
+    there = torch.tensor(True) if held_out is None else (held_out[1] > 0.5).any(0)
+    best = torch.where((chosen_on.amax(0) > 0) & there, chosen_on.argmax(0), THRESHOLDS.index(0.5))
+    return {
+        "samples": len(labels),
+        "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())),
+        "f1": label_f1_with_interval(counts, micro=True),
+        "f1_macro": label_f1_with_interval(counts, micro=False),
+        "all_right": {"value": whole / len(labels), "interval": wilson(whole, len(labels))},
+        "constant": best_constant(truth),
+        "labels": {
+            "precision": (right / (right + wrong).clamp(min=1)).tolist(),
+            "recall": (right / (right + missed).clamp(min=1)).tolist(),
+            "f1": (2 * right / (2 * right + wrong + missed).clamp(min=1)).tolist(),
+            "support": (right + missed).long().tolist(),
+            "said": (right + wrong).long().tolist(),
+            "threshold": [THRESHOLDS[place] for place in best.tolist()],
+            "f1_at_threshold": curves.gather(0, best[None])[0].tolist(),
+        },
+        "threshold_from": "these" if held_out is None else "validation",
+        "thresholds": THRESHOLDS,
+        "curves": curves.T.tolist(),
+    }
+
+
+def threshold_curves(probabilities: Tensor, truth: Tensor) -> Tensor:
+    """F1 of each label at each of `THRESHOLDS`, `(thresholds, labels)`, of `(n, labels)`."""
+    return torch.stack([
+        2 * ((probabilities > at) & truth).sum(0) / ((probabilities > at).sum(0) + truth.sum(0)).clamp(min=1)
+        for at in THRESHOLDS
+    ])  # fmt: skip

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,11 +76,53 @@ def plain(value: Any) -> Any:
 
 
 def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
-    """Those of the data module, if there are as many as the net has outputs; else numbers."""
+    """Those of the data module, if there are as many as the net has outputs; else numbers; of scores none."""
+    if found is not None and found.kind == "scores":
+        return []
     names, wanted = getattr(data, "class_names", None), None if found is None else found.logits.shape[1]
     if isinstance(names, Sequence) and not isinstance(names, str) and wanted in (None, len(names)):
         return [str(name) for name in names]
     return [str(number) for number in range(wanted or 0)]
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Names as they are; whole paths without the folder that all of them lie in."""
+    if not names or not all(map(os.path.isabs, names)):
+        return list(names)
+    if len(set(names)) == 1:
+        return [Path(name).name for name in names]
+    try:
+        shared = os.path.commonpath((min(names), max(names)))
+    except ValueError:  # on several drives
+        return list(names)
+    return [os.path.relpath(name, shared) for name in names] if len(shared) > 1 else list(names)
+
+
+def sample_name(found: Predictions, place: int) -> str:
+    """What a sample is called: by the data module, else by its row, else by the order in which samples came."""
+    row = int(found.rows[place])
+    return found.names[place] if found.names else f"sample {row if row >= 0 else place}"
+
+
+def training_mean(data: Any) -> float | None:
+    """Of the scores that were trained on, where the data module has them at hand."""
+    splits = getattr(data, "splits", None)
+    labels = getattr(splits.get("train"), "labels", None) if isinstance(splits, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or not labels.is_floating_point():
+        return None
+    return number_or_none(labels.nanmean())
+
+
+def existing(commands: Any) -> Any:
+    """Commands without those that start from a checkpoint that was never written."""
+    if not isinstance(commands, Mapping):
+        return commands
+    words = {what: [word for word in str(line).split() if word.endswith(".ckpt")] for what, line in commands.items()}
+    return {
+        what: line
+        for what, line in commands.items()
+        if all("://" in word or Path(word).is_file() for word in words[what])
+    }
 
 
 def samples_of(batch: Any) -> int:

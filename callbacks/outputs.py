@@ -1,4 +1,4 @@
-"""What a classifier says of the samples of a split: found in its steps, gathered from all ranks, kept in a file."""
+"""What a net says of the samples of a split: found in its steps, gathered from all ranks, kept in a file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from torch import Tensor
 
 LABELS = ("label", "labels", "target", "targets", "y")  # keys of an output or a batch under which labels are looked for
 
-Outputs: TypeAlias = tuple[Tensor, Tensor, Tensor]  # logits (n, classes), labels (n,) and rows (n,), -1 where not known
+Outputs: TypeAlias = tuple[Tensor, Tensor, Tensor]  # logits, labels and rows of `Predictions`
 
 
 class Predictions(NamedTuple):
     """What a net said of the samples of a split, in the order of the split."""
 
-    logits: Tensor  # float32, (n, classes)
-    labels: Tensor  # int64, (n,)
+    logits: Tensor  # float32, (n, classes), (n, labels) or, of a score, (n, 1)
+    labels: Tensor  # a class: int64, (n,); several labels: 0 or 1 as float32, (n, labels); a score: float32, (n,)
     rows: Tensor  # int64, (n,), position in the split; -1 where batches have none
     names: list[str]  # of the samples; empty where the data module gives none
+
+    @property
+    def kind(self) -> str:
+        """What is predicted: `classes`, `labels` or `scores`."""
+        return "classes" if not self.labels.is_floating_point() else "labels" if self.labels.ndim == 2 else "scores"
 
     def part(self, chosen: Tensor) -> Predictions:
         """Those of the samples with a truth value, `(n,)`."""
@@ -32,7 +37,10 @@ class Predictions(NamedTuple):
 
 
 def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | None = None) -> Outputs | None:
-    """Logits, labels and rows of a batch, without samples that only fill it up; nothing where these are no classes.
+    """Logits, labels and rows of a batch, without samples that only fill it up.
+
+    Whole-numbered labels are classes; numbers with a point are several labels where they are as many as the logits, and
+    scores where there is one of each. Nothing where it is none of these.
 
     Args:
         outputs: What the step returned.
@@ -46,15 +54,29 @@ def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | N
     labels = next((place[key] for place in places for key in LABELS if key in place), None)
     if labels is None and isinstance(batch, (list, tuple)) and len(batch) == 2:
         labels = batch[1]
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.ndim not in (1, 2):
         return None
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(logits):
+    logits = logits[:, None] if logits.ndim == 1 else logits
+    if labels.is_floating_point():
+        labels = labels.detach()
+        if logits.shape[1] == 1 and labels.shape in (logits.shape, logits.shape[:1]):
+            labels = labels.flatten().float()
+            known = labels.isfinite()
+        elif logits.shape[1] > 1 and labels.shape == logits.shape:
+            known = labels.isfinite().all(1)
+            if not torch.isin(labels[known], torch.tensor([0.0, 1.0]).to(labels)).all():
+                return None
+            labels = labels.float()
+        else:
+            return None
+    elif labels.ndim == 1 and logits.shape[1] > 1 and len(labels) == len(logits):
+        labels = labels.long()
+        known = (labels >= 0) & (labels < logits.shape[1])  # 255 is nothing, too, where masks come from
+    else:
         return None
     rows = next((place["index"] for place in places if "index" in place), None)
-    if not isinstance(rows, Tensor) or rows.shape != labels.shape or rows.is_floating_point():
-        rows = torch.full_like(labels, -1, dtype=torch.long)
-    labels = labels.long()
-    known = (labels >= 0) & (labels < logits.shape[1])  # 255 is nothing, too, where masks come from
+    if not isinstance(rows, Tensor) or rows.shape != labels.shape[:1] or rows.is_floating_point():
+        rows = torch.full((len(labels),), -1, device=labels.device)
     return logits[known].detach().float().cpu(), labels[known].cpu(), rows[known].long().cpu()
 
 

@@ -1,7 +1,8 @@
 """The page of a report, and of several compared: one file, no script, nothing from the network.
 
-`python -m recipes report RUN` writes a run's page again; with several runs, `comparison.html`. Pictures are SVG by
-matplotlib, whose ink follows the page's, light or dark; each has its numbers beside it in words.
+`python -m recipes report RUN` writes a run's page again; with several runs, `comparison.html` beside the first
+of them. Pictures are SVG by matplotlib, whose ink follows the page's, light or dark; each has its numbers beside it in
+words.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from .evaluation import mcnemar, paired_bootstrap
+from .comparison import mcnemar, paired
+from .facts import sample_name, shortened
 from .outputs import Predictions, load_predictions
 
 HUES = ["#3f83c8", "#d9822b", "#3f9b6c", "#c8553d", "#8d6bbd", "#7f8a94", "#b39a2f", "#3aa0a8"]  # on white and on black
 INK = "#010203"  # stands for the page's own colour
+DEEPEST = 0.5  # opacity of a full cell, on which the page's ink is read by day and by night
 FEW = 25  # classes whose names fit beside a matrix
 SHOWN = 20  # samples that two runs judge differently
 
@@ -37,6 +40,12 @@ def render(report: Mapping[str, Any]) -> str:
         matrix=svg(confusion_figure(report)) if report["evaluation"] else None,
         reliability=svg(reliability_figure(report)) if report["evaluation"] else None,
         class_rows=class_rows(report) if report["evaluation"] else [],
+        labels=report.get("labels"),
+        label_rows=label_rows(report),
+        thresholds=svg(threshold_figure(report)) if report.get("labels") else None,
+        scores=report.get("scores"),
+        scatter=svg(scatter_figure(report)) if report.get("scores") else None,
+        residuals=svg(residual_figure(report)) if report.get("scores") else None,
         pairs=pairs(report),
         phases=phases(report),
     )
@@ -72,6 +81,10 @@ def verdict(report: Mapping[str, Any]) -> str:
     """How good it is, in a sentence or two, and against what."""
     found = report["evaluation"]
     split = {"test": "test", "val": "validation"}[report["split"]]
+    if report.get("scores"):
+        return verdict_of_scores(report, split)
+    if report.get("labels"):
+        return verdict_of_labels(report, split)
     if found is None:
         metrics = ", ".join(f"{name.split('/', 1)[-1]} {number(value)}" for name, value in report["metrics"].items())
         return f"{metrics}." if metrics else "Nothing was evaluated."
@@ -85,13 +98,74 @@ def verdict(report: Mapping[str, Any]) -> str:
         text += f", the nearest class centre on the features of before the fit {start['accuracy']:.1%}"
         text += f" (of {start['samples']:,} samples)" if start["samples"] < found["samples"] else ""
     text += "."
-    if low <= base:
+    if high < base:
+        text += " That is reliably worse than the largest class: see macro F1 and each class for what it does find."
+    elif low <= base:
         text += " That is not reliably more than the largest class: see macro F1 and each class before you trust it."
-    elif start and low <= start["accuracy"] <= high:
+    elif start and high < start["accuracy"]:
+        text += " That is reliably worse than the features it started from."
+    elif start and low <= start["accuracy"]:
         text += " What the fit adds to its starting point lies within the interval."
-    if report["chose"]:
-        text += " These samples chose the checkpoint, so expect a little less on others."
-    return text
+    return text + (CHOSE if report["chose"] else "")
+
+
+CHOSE = " These samples chose the checkpoint, so expect a little less on others."
+
+
+def verdict_of_scores(report: Mapping[str, Any], split: str) -> str:
+    """How far scores are off, against one who always says the mean."""
+    found = report["scores"]
+    constant, error, rank = found["constant"], found["mae"], found["spearman"]
+    whose = "training scores" if constant["of"] == "training" else f"{split} scores themselves"
+    text = f"Scores are off by {number(error['value'])} on average{within(error)}, over {found['samples']:,} {split} "
+    text += f"samples; always saying {number(constant['value'])}, the mean of the {whose}, would be off by "
+    text += f"{number(constant['mae'])}."
+    low, high = error["interval"] or (error["value"], error["value"])
+    if low > constant["mae"]:
+        text += " That is reliably worse than the mean."
+    elif high >= constant["mae"]:
+        text += " That is not reliably better than the mean."
+    if rank is None:
+        text += " One of the two, scores or answers, is always the same: there is no correlation."
+    else:
+        text += f" Spearman's rank correlation is {number(rank['value'])}{within(rank)}; the mean's is 0."
+    return text + (CHOSE if report["chose"] else "")
+
+
+def verdict_of_labels(report: Mapping[str, Any], split: str) -> str:
+    """F1 over all labels, against one who always says the same."""
+    found = report["labels"]
+    f1, whole, constant = found["f1"], found["all_right"], found["constant"]
+    names = [report["class_names"][place] for place in constant["labels"]]
+    said = f"“{names[0]}”" if len(names) == 1 else f"the {len(names)} most frequent"
+    text = f"F1 over all labels is {number(f1['value'])}{within(f1)}, of {found['samples']:,} {split} samples; always "
+    text += f"saying {said} would have {number(constant['f1'])}. {whole['value']:.1%} of samples have every label right"
+    text += f"{within(whole)}."
+    low, high = f1["interval"] or (f1["value"], f1["value"])
+    if high < constant["f1"]:
+        text += " That is reliably worse than always the same."
+    elif low <= constant["f1"]:
+        text += " That is not reliably more than always the same: see each label before you trust it."
+    return text + (CHOSE if report["chose"] else "")
+
+
+def within(found: Mapping[str, Any]) -> str:
+    """An interval in brackets, where there is one."""
+    low, high = found["interval"] or (None, None)
+    return "" if low is None else f" (95% interval {number(low)} to {number(high)})"
+
+
+def label_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each of several labels that is there or was said, the worst F1 first."""
+    if not report.get("labels"):
+        return []
+    columns = report["labels"]["labels"]
+    rows = [
+        {"label": name, "place": place, **{key: values[place] for key, values in columns.items()}}
+        for place, name in enumerate(report["class_names"])
+        if columns["support"][place] or columns["said"][place]
+    ]
+    return sorted(rows, key=lambda row: (row["f1"], row["label"]))
 
 
 def class_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -124,15 +198,19 @@ def pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def phases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """From which step on which groups trained, and the best of the checkpoint's metric until the next."""
     found, best = report["phases"], report["best"] or {}
-    name = best.get("monitor")
+    name, rises = best.get("monitor"), best.get("mode") == "max"
     if len(found) < 2:
         return []
+    if name is None:  # no checkpoint goes by a metric
+        name = metric_named(report, "acc")
+        rises = bool(name)
+        name = name or metric_named(report, "loss")
     ends = [*(phase["step"] for phase in found[1:]), float("inf")]
     rows = []
     for phase, end in zip(found, ends, strict=True):
         seen = [v["metrics"].get(name) for v in report["curves"]["validations"] if phase["step"] < v["step"] <= end]
         values = [value for value in seen if value is not None]
-        peak = (max if best.get("mode") == "max" else min)(values) if values else None
+        peak = (max if rises else min)(values) if values else None
         rows.append(
             {"step": phase["step"], "open": ", ".join(phase["open"]) or "nothing", "metric": peak, "name": name}
         )
@@ -157,7 +235,7 @@ def svg(made: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+    with inked(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # ticks are made here
         made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL)
@@ -189,6 +267,11 @@ def inked() -> Any:
 
 def figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Curves of loss, metric and rates over optimiser steps, of one run or of several over each other."""
+    return [{"title": title, "svg": svg(made), "words": words} for title, made, words in curves(reports)]
+
+
+def curves(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
+    """Title, picture and words of each."""
     found = []
     with inked():
         for name, draw in (("loss", draw_loss), ("metric", draw_metric), ("rates", draw_rates)):
@@ -199,12 +282,23 @@ def figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             if title:
                 mark_phases(axes, reports)
                 axes.set_xlabel("optimiser step")
+                written_out(axes.xaxis)
                 axes.xaxis.get_major_locator().set_params(integer=True)
+                left, right = axes.get_xlim()
+                axes.set_xlim(min(left, right - 1), right if right - left >= 1 else left + 1)
+                if name != "rates":
+                    written_out(axes.yaxis)
                 axes.set_title(title, loc="left", fontsize=9)
                 if axes.get_legend_handles_labels()[0]:
                     axes.legend(fontsize=7.5, loc="best")
-                found.append({"title": title, "svg": svg(made), "words": words})
+                found.append((title, made, words))
     return found
+
+
+def line(axes: Any, steps: Sequence[float], values: Sequence[float], **look: Any) -> None:
+    """A curve; what is a single point is drawn as one."""
+    finite = sum(value == value for value in values)
+    axes.plot(steps, values, **({"marker": "o", "markersize": 3} if finite == 1 else {}) | look)
 
 
 def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -216,7 +310,7 @@ def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, color=hue, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(losses), color=hue, label=f"{run}training")
+            line(axes, steps, smoothed(losses), color=hue, label=f"{run}training")
             words.append(f"{run}training from {number(losses[0])} to {number(losses[-1])}")
         validated = valued(report, metric_named(report, "loss"))
         if validated:
@@ -276,10 +370,17 @@ def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, st
         drawn = [float("nan") if rate is None else rate for rate in rates]
         axes.plot(steps, drawn, color=hue, linewidth=0.5, alpha=0.6)
         shown = [rate if there else float("nan") for rate, there in zip(drawn, is_open, strict=True)]
-        axes.plot(steps, shown, color=hue, label=written(name) if len(curves["groups"]) <= 8 else None)
-        words.append(f"{name} {min(known):.2g} to {max(known):.2g}")
-    if any(rate for point in curves["rates"] for rate in point["lr"].values()):
-        axes.set_yscale("log")
+        line(axes, steps, shown, color=hue, label=written(name) if len(curves["groups"]) <= 8 else None)
+        words.append(f"{name} from {known[0]:.2g} to {known[-1]:.2g}, at most {max(known):.2g}")
+    seen = [rate for point in curves["rates"] for rate in point["lr"].values() if rate]
+    if seen:
+        spans_little = max(seen) < 30 * min(seen)
+        axes.set_yscale("log", subs=[], nonpositive="mask")
+        axes.yaxis.get_major_locator().set_params(subs=[1, 2, 5] if spans_little else [1])
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.6g}")  # matplotlib's own writes TeX
+        axes.yaxis.set_minor_formatter(lambda *_: "")
+    else:
+        written_out(axes.yaxis)
     return "learning rate of each group", "; ".join(words)
 
 
@@ -315,7 +416,7 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
         made, axes = figure(side, side)
         right = torch.eye(classes, dtype=torch.bool)[..., None]
         hue = torch.where(right, torch.tensor([0.25, 0.51, 0.78]), torch.tensor([0.82, 0.36, 0.20]))
-        axes.imshow(torch.cat([hue, share.sqrt()[..., None]], 2).numpy(), interpolation="nearest")
+        axes.imshow(torch.cat([hue, DEEPEST * share.sqrt()[..., None]], 2).numpy(), interpolation="nearest")
         axes.spines[["top", "right"]].set_visible(True)
         axes.set(xlabel="predicted", ylabel="true")
         if classes <= FEW:
@@ -330,9 +431,10 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
 
 
 def written(name: str, most: int = 40) -> str:
-    """A name as matplotlib can write it: names of files may be no text."""
-    name = name.encode("utf-8", "replace").decode()
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A name as matplotlib can write it: names of files may be no text; of a long one the start and the end."""
+    name = " ".join(name.encode("utf-8", "replace").decode().split())
+    start, end = most - most // 2 - 1, most // 2
+    return name if len(name) <= most else f"{name[:start]}…{name[-end:]}"
 
 
 def reliability_figure(report: Mapping[str, Any]) -> Any:
@@ -354,6 +456,53 @@ def reliability_figure(report: Mapping[str, Any]) -> Any:
         ]
         axes.plot([x for x, *_ in filled], [y for _, y, _ in filled], "-o", color=HUES[0], markersize=4)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of the answer", ylabel="share that is right")
+    return made
+
+
+def scatter_figure(report: Mapping[str, Any]) -> Any:
+    """Predicted scores against true ones; on the dotted line the two are the same."""
+    labels, predicted = zip(*report["scores"]["points"], strict=True)
+    with inked():
+        made, axes = figure(4.3, 3.4)
+        axes.axline((labels[0], labels[0]), slope=1, color=INK, linewidth=0.7, linestyle=":")
+        axes.plot(labels, predicted, "o", color=HUES[0], markersize=3, alpha=0.5, markeredgewidth=0)
+        axes.set(xlabel="true score", ylabel="predicted score")
+        written_out(axes.xaxis, axes.yaxis)
+    return made
+
+
+def residual_figure(report: Mapping[str, Any]) -> Any:
+    """How far predicted scores are off, over the true ones."""
+    labels, predicted = zip(*report["scores"]["points"], strict=True)
+    with inked():
+        made, axes = figure(4.3, 3.4)
+        axes.axhline(0, color=INK, linewidth=0.7, linestyle=":")
+        off = [said - true for said, true in zip(predicted, labels, strict=True)]
+        axes.plot(labels, off, "o", color=HUES[1], markersize=3, alpha=0.5, markeredgewidth=0)
+        axes.set(xlabel="true score", ylabel="how far off")
+        written_out(axes.xaxis, axes.yaxis)
+    return made
+
+
+def written_out(*axes: Any) -> None:
+    """Ticks that say what they stand for, without a power or an offset at the end of the axis."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
+        axis.get_major_locator().set_params(nbins=6)
+
+
+def threshold_figure(report: Mapping[str, Any]) -> Any:
+    """F1 of the worst labels over the probability above which they are said; points at the thresholds found."""
+    found = report["labels"]
+    with inked():
+        made, axes = figure(4.3, 3.4)
+        for row, hue in zip(label_rows(report), HUES, strict=False):
+            axes.plot(found["thresholds"], found["curves"][row["place"]], color=hue, label=written(row["label"], 24))
+            axes.plot([row["threshold"]], [row["f1_at_threshold"]], "o", color=hue, markersize=4)
+        axes.axvline(0.5, color=INK, linewidth=0.7, linestyle=":")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="said above this probability", ylabel="F1")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7.5, loc="best")
     return made
 
 
@@ -402,8 +551,12 @@ def show_in_tensorboard(trainer: Trainer, report: Mapping[str, Any]) -> None:
 # A run's page again, and several runs against each other
 
 
-def main(runs: Sequence[Path], target: Path = Path("comparison.html")) -> Path:
+def main(runs: Sequence[Path], target: Path | None = None) -> Path:
     """Write the page of one run again, or compare several; returns the page's path.
+
+    Args:
+        runs: Folders of finished runs.
+        target: The comparison's page; `comparison.html` beside the first run if not given.
 
     Raises:
         FileNotFoundError: A folder without a report.
@@ -413,6 +566,8 @@ def main(runs: Sequence[Path], target: Path = Path("comparison.html")) -> Path:
     if len(runs) == 1:
         write_page(reports[0], runs[0])
         return runs[0] / "report.html"
+    target = target or runs[0].resolve().parent / "comparison.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(compare(runs, reports) + "\n", encoding="utf-8", errors="backslashreplace")
     return target
 
@@ -430,48 +585,83 @@ def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
     """The page that holds runs, called A, B and so on, against the first of them, on the same samples."""
     made = [judged(run, report) for run, report in zip(runs, reports, strict=True)]
     first = made[0]
-    same = {report["data"]["digest"] for report in reports}
-    for run, other in zip(runs, made, strict=True):
-        known = bool(first.names) or (len(same) == 1 and None not in same)
-        if not known or other.names != first.names or not torch.equal(other.labels, first.labels):
+    for run, report, other in zip(runs, reports, made, strict=True):
+        apart = difference(reports[0], first, report, other)
+        if apart:
             raise ValueError(
-                f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}): compare runs "
-                f"with the same data, seed and split"
+                f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}), or their "
+                f"labels differ: {apart}; compare runs with the same data, seed and split"
             )
-    right = [predictions.logits.argmax(1) == predictions.labels for predictions in made]
     rows = []
     for place, (run, report) in enumerate(zip(runs, reports, strict=True)):
         report["run"] = chr(ord("A") + place)
-        found, names = report["evaluation"], report["class_names"]
-        rows.append(
-            {
-                "name": report["run"],
-                "title": report["title"],
-                "folder": str(run),
-                "accuracy": found["accuracy"],
-                "f1": found["f1"],
-                "ece": found["calibration"]["error"],
-                "seconds": report["cost"]["seconds"],
-                "changes": changed(reports[0]["config"], report["config"]),
-                "gain": float(right[place].double().mean() - right[0].double().mean()),
-                "gain_interval": paired_bootstrap(right[0], right[place]),
-                "p": mcnemar(right[0], right[place]),
-                "only_first": differing(first, made[place], right[0] & ~right[place], names),
-                "only_this": differing(first, made[place], right[place] & ~right[0], names),
-            }
-        )
+        figured = paired(first, made[place])
+        row = {
+            "name": report["run"],
+            "title": report["title"],
+            "folder": str(run),
+            "figures": figured,
+            "seconds": report["cost"]["seconds"],
+            "changes": changed(reports[0]["config"], report["config"]),
+        }
+        if first.kind == "classes":
+            right, base = (found.logits.argmax(1) == found.labels for found in (made[place], first))
+            p = mcnemar(base, right)
+            figured[0]["p"] = p
+            row |= {"p": p, "ece": report["evaluation"]["calibration"]["error"]}
+            row["only_first"] = differing(first, made[place], base & ~right, report["class_names"])
+            row["only_this"] = differing(first, made[place], right & ~base, report["class_names"])
+        row["words"] = [gain_in_words(report["run"], figure) for figure in figured] if place else []
+        rows.append(row)
     page = template("comparison.html")
     return str(page.render(rows=rows, figures=figures(reports), split=reports[0]["split"], samples=len(first.labels)))
+
+
+def difference(one: Mapping[str, Any], first: Predictions, report: Mapping[str, Any], other: Predictions) -> str | None:
+    """In what two runs did not judge the same; nothing where they did."""
+    if one["split"] != report["split"]:
+        return f"one judged {report['split']}, the other {one['split']}"
+    if first.kind != other.kind or first.logits.shape[1:] != other.logits.shape[1:]:
+        return f"one predicts {other.kind} ({other.logits.shape[1]}), the other {first.kind} ({first.logits.shape[1]})"
+    if first.kind != "scores" and one["class_names"] != report["class_names"]:
+        return "their classes have other names or another order"
+    if len(first.labels) != len(other.labels):
+        return "one has more samples"
+    if first.names != other.names:
+        return "samples have other names"
+    if not torch.equal(first.labels, other.labels):
+        count = int((first.labels != other.labels).reshape(len(first.labels), -1).any(1).sum())
+        return f"{count} of the labels are not the same"
+    digests = one["data"]["digest"], report["data"]["digest"]
+    if not first.names and (None in digests or digests[0] != digests[1]):
+        return "samples have no names to tell them by"
+    return None
+
+
+def gain_in_words(name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether a run is better than the first by a figure: a word, and the numbers behind it."""
+    (low, high), share = figure["interval"], figure["name"] in ("accuracy", "every label right")
+    better, worse = (low > 0, high < 0) if figure["rises"] else (high < 0, low > 0)
+    if "p" in figure:  # an exact test knows more than an interval
+        better, worse = (figure["p"] < 0.05 and sign * figure["gain"] > 0 for sign in (1, -1))
+    words = "is better than" if better else "is worse than" if worse else "cannot be told apart from"
+    scale, unit = (100, " points of") if share else (1, " of")
+    digits = "+.1f" if share else "+.3f"
+    numbers = [f"{scale * value:{digits}}" for value in (figure["gain"], low, high)]
+    by = f"{numbers[0]}{unit} {figure['name']} (95% interval {numbers[1]} to {numbers[2]}, paired bootstrap)"
+    return {"run": name, "words": words, "by": by}
 
 
 def judged(run: Path, report: Mapping[str, Any]) -> Predictions:
     """What a run said of each sample."""
     path = run / "predictions" / f"{report['split']}.safetensors"
-    if not report["evaluation"] or not path.is_file():
-        raise FileNotFoundError(f"no {path}: only classifiers with their predictions beside the report can be compared")
+    evaluated = any(report.get(kind) for kind in ("evaluation", "labels", "scores"))
+    if not evaluated or not path.is_file():
+        raise FileNotFoundError(f"no {path}: only runs with their predictions beside the report can be compared")
     found = load_predictions(path)
     assert found is not None
-    return found
+    finite = found.logits.isfinite().all(1)  # a fit's are kept as they were
+    return found.part(finite)
 
 
 def changed(first: str | None, other: str | None) -> str:
@@ -484,12 +674,12 @@ def differing(
     first: Predictions, other: Predictions, chosen: torch.Tensor, class_names: Sequence[str]
 ) -> dict[str, Any]:
     """Samples that one run gets right and the other wrong: how many, and the first of them."""
-    places = chosen.nonzero().flatten().tolist()
+    places, named = chosen.nonzero().flatten().tolist(), first._replace(names=shortened(first.names))
     return {
         "count": len(places),
         "samples": [
             {
-                "name": first.names[place] if first.names else f"sample {int(first.rows[place])}",
+                "name": sample_name(named, place),
                 "label": class_names[int(first.labels[place])],
                 "first": class_names[int(first.logits[place].argmax())],
                 "other": class_names[int(other.logits[place].argmax())],

@@ -11,6 +11,8 @@ The page is a function of `report.json`, whose keys are:
     chose        whether these samples chose the checkpoint
     evaluation   of `callbacks.evaluation.evaluation`: accuracy and macro F1 with 95 % intervals, loss, majority class,
                  scores per class, confusion matrix, worst pairs, calibration; none where outputs are no classes
+    labels       of `label_evaluation`, where a sample has several: F1 with intervals, scores and curves per label
+    scores       of `score_evaluation`, where a number is predicted: rank correlation and errors with intervals, points
     start        accuracy of the nearest class centre on the features of before the fit, and on how many samples
     metrics      every number that the module logged for that split
     curves       points {step, loss}; validations {step, epoch, metrics}; rates {step, lr per group}; groups
@@ -18,6 +20,7 @@ The page is a function of `report.json`, whose keys are:
     best         the validation whose predictions are kept: {monitor, mode, score, step, epoch, metrics}
     mistakes     the surest wrong answers: {name, label, predicted, probability, picture, saliency, pieces}
     uncertain    the least certain right ones, the same
+    furthest     scores that are furthest off: {name, label, predicted}
     data         counts per split, digest of the split, what was skipped or has no finite logits
     cost         seconds of the fit, samples per second while training, most memory in GB, device, precision
     versions     of Python and the libraries
@@ -38,10 +41,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
 from torch import Tensor, nn
 
-from .evaluation import class_centres, evaluation, nearest_centre
+from .evaluation import class_centres, evaluation, label_evaluation, nearest_centre, score_evaluation
 from .facts import (
     aside,
     describe_data,
+    existing,
     grouped,
     is_better,
     logged,
@@ -50,9 +54,12 @@ from .facts import (
     number_or_none,
     peak_memory,
     plain,
+    sample_name,
     samples_of,
+    shortened,
     spared,
     spread,
+    training_mean,
 )
 from .outputs import Outputs, Predictions, classified, gathered, load_predictions, save_predictions
 from .page import as_uri, show_in_tensorboard, write_page
@@ -69,11 +76,12 @@ BATCH = 32  # samples looked at together, outside of the loops
 class Report(Callback):
     """Writes `report.html` and `report.json`, and each sample's logits, when a fit or a test ends.
 
-    Works with any classifier: logits and labels are those that `validation_step` and `test_step` return under the keys
-    `logits` and `label`; else the last output of the module's own `forward` is taken with the batch's labels. Where
-    neither gives a class per sample, the page has curves and metrics only. After a fit the page is about the validation
-    samples as they were at the best epoch by the checkpoint's metric, or at the last; after a test about the test's,
-    and the temperature of its calibration is the one of the validation samples.
+    Works with any classifier, of one label a sample or several, and with scores: logits and labels are those that
+    `validation_step` and `test_step` return under the keys `logits` and `label`; else the last output of the module's
+    own `forward` is taken with the batch's labels. Labels are whole numbers for classes; floats, 0 or 1 and as many as
+    logits, for several labels; floats, one of each, for scores. Else the page has curves and metrics only. After a fit
+    the page is about the validation samples as they were at the best epoch by the checkpoint's metric, or at the last;
+    after a test about the test's, and the temperature of its calibration, and thresholds, are the validation samples'.
 
     More is shown where it is offered: `datamodule.class_names`; `datamodule.sample_names(split)(index)`, with `index`
     in outputs or batch; `datamodule.batch(split, rows)`, for pictures of the worst mistakes, with
@@ -81,9 +89,9 @@ class Report(Callback):
     before the fit is what its result is compared with.
 
     Predictions of all ranks are gathered, and held in memory: 4 bytes per sample and class. Where batches have no
-    `index`, samples that fill up a rank's last batch count twice. Of several validation loaders the first is looked at.
-    A curve keeps 500 to 1,000 points. A resumed fit goes on with what its checkpoint knows. What cannot be made, a
-    picture or the page, is left out with a warning; the run goes on.
+    `index`, samples that fill up a rank's last batch count twice, and samples are numbered as they came, rank by rank.
+    Of several validation loaders the first is looked at. A curve keeps 500 to 1,000 points. A resumed fit goes on with
+    what its checkpoint knows. What cannot be made, a picture or the page, is left out with a warning; the run goes on.
 
     Runs on: fit, validate, test. Touches: files in its folder; figures of TensorBoard; no weights, no random numbers.
 
@@ -106,8 +114,8 @@ class Report(Callback):
 
     def _reset(self) -> None:
         self.progress: dict[str, Any] = {
-            "points": [], "every": 1, "validations": [], "rates": [], "groups": [], "phases": [], "start": {},
-            "seconds": 0.0, "samples": 0, "best": None, "trained": None,
+            "points": [], "rates": [], "every": {"points": 1, "rates": 1}, "validations": [], "groups": [],
+            "phases": [], "start": {}, "seconds": 0.0, "samples": 0, "best": None, "trained": None,
         }  # fmt: skip
         self._parts: list[Outputs] = []
         self._newest: Predictions | None = None
@@ -140,13 +148,16 @@ class Report(Callback):
         if sum(len(params) for params, _ in self._groups.values()) != sum(len(group["params"]) for group in groups):
             self._groups = grouped(groups)  # at the start, and where somebody adds a group
             self.progress["groups"] = list(self._groups)
-        now = tuple(any(p.requires_grad for p in params) for params, _ in self._groups.values())
+        now, opens = tuple(any(p.requires_grad for p in params) for params, _ in self._groups.values()), False
         if now != self._open:
             self._open = now
+            training = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            self.progress["trained"] = max(self.progress["trained"] or 0, training)  # some thaw again at the end
             opened = [name for name, is_open in zip(self._groups, now, strict=True) if is_open]
             if not self.progress["phases"] or self.progress["phases"][-1]["open"] != opened:
                 self.progress["phases"].append({"step": trainer.global_step, "open": opened})
-        if self._is_due(trainer, "rates"):
+                opens = True
+        if self._is_due(trainer, "rates", 1, opens):
             rates = {name: number_or_none(group.get("lr")) for name, (_, group) in self._groups.items()}
             self.progress["rates"].append({"step": trainer.global_step, "lr": rates})
 
@@ -157,7 +168,8 @@ class Report(Callback):
         self.progress["samples"] += samples_of(batch) * trainer.world_size
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         self._last = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
-        if not self.progress["points"] or self._is_due(trainer, "points"):
+        often = max(1, min(trainer.log_every_n_steps, 10))  # type: ignore[attr-defined]
+        if not self.progress["points"] or self._is_due(trainer, "points", often):
             self._note_loss(trainer)
 
     def _note_loss(self, trainer: Trainer) -> None:
@@ -166,19 +178,18 @@ class Report(Callback):
             value = float(self._last) * trainer.accumulate_grad_batches  # Lightning has divided it
             points.append({"step": trainer.global_step, "loss": number_or_none(value)})
 
-    def _is_due(self, trainer: Trainer, curve: str) -> bool:
+    def _is_due(self, trainer: Trainer, curve: str, often: int, now: bool = False) -> bool:
         points = self.progress[curve]
         if len(points) >= MOST_POINTS:
             del points[1::2]
-            self.progress["every"] *= 2
-        every = self.progress["every"] * max(1, min(trainer.log_every_n_steps, 10))  # type: ignore[attr-defined]
-        return trainer.global_step % every == 0 and not (points and points[-1]["step"] == trainer.global_step)
+            self.progress["every"][curve] *= 2
+        due = now or trainer.global_step % (self.progress["every"][curve] * often) == 0
+        return due and not (points and points[-1]["step"] == trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page about the validation samples."""
         self._stop_clock()
         self._note_loss(trainer)
-        self.progress["trained"] = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if trainer.is_global_zero:
             best = self.progress["best"]
             now = best is not None and best["step"] == trainer.global_step  # the weights are those that answered
@@ -208,8 +219,8 @@ class Report(Callback):
 
     def _seen(self, module: nn.Module, args: Any, output: Any) -> None:
         output = getattr(output, "logits", output)
-        if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
-            self._output = output
+        if isinstance(output, Tensor) and output.ndim in (1, 2) and output.is_floating_point():
+            self._output = output[:, None] if output.ndim == 1 else output
 
     def on_validation_batch_end(
         self,
@@ -276,7 +287,12 @@ class Report(Callback):
             with spared("the samples' names"):
                 name = data.sample_names(split)
                 names = [str(name(row)) for row in made[2].tolist()]
-        return Predictions(*made, names)
+        found = Predictions(*made, names)
+        yes_or_no = found.kind == "scores" and bool(torch.isin(found.labels, torch.tensor([0.0, 1.0])).all())
+        if yes_or_no and getattr(trainer.lightning_module, "problem_type", None) != "regression":
+            log.info("report: labels are 0 and 1 and there is one output: no telling if it is a score or a logit")
+            return None
+        return found
 
     @property
     def _kept_file(self) -> Path:
@@ -342,11 +358,11 @@ class Report(Callback):
             "mistakes": wrong[sure[wrong].argsort(descending=True, stable=True)][: self.shown],
             "uncertain": right[sure[right].argsort(stable=True)][: self.shown],
         }
-        out = {}
+        out, names = {}, shortened(found.names)
         for kind, places in chosen.items():
             out[kind] = [
                 {
-                    "name": found.names[place][:LONGEST_NAME] if found.names else f"sample {int(found.rows[place])}",
+                    "name": sample_name(found._replace(names=names), place)[:LONGEST_NAME],
                     "label": int(found.labels[place]),
                     "predicted": int(predicted[place]),
                     "probability": float(sure[place]),
@@ -361,6 +377,19 @@ class Report(Callback):
                     ):
                         item |= more
         return out
+
+    def _furthest(self, found: Predictions, said: Tensor) -> list[dict[str, Any]]:
+        """The scores that are furthest off."""
+        places = (said - found.labels).abs().argsort(descending=True, stable=True)[: self.shown].tolist()
+        named = found._replace(names=shortened(found.names))
+        return [
+            {
+                "name": sample_name(named, place)[:LONGEST_NAME],
+                "label": float(found.labels[place]),
+                "predicted": float(said[place]),
+            }
+            for place in places
+        ]
 
     def _looked_at(
         self, trainer: Trainer, pl_module: Any, split: str, rows: list[int], classes: Tensor | None
@@ -410,12 +439,14 @@ class Report(Callback):
             report: dict[str, Any] = {
                 "version": VERSION,
                 "title": self.facts.get("title", type(pl_module).__name__),
-                "facts": self.facts,
+                "facts": {key: existing(fact) if key == "commands" else fact for key, fact in self.facts.items()},
                 "config": config.read_text(encoding="utf-8") if config.is_file() else None,
                 "class_names": names_of_classes(data, found),
                 "split": split,
                 "chose": split == "val" and bool(best and best["monitor"]),
                 "evaluation": None,
+                "labels": None,
+                "scores": None,
                 "start": start.get(split) if start.get("digest") == described["digest"] else None,
                 "metrics": best["metrics"] if fitted and best else logged(trainer),
                 "curves": {key: self.progress[key] for key in ("points", "validations", "rates", "groups")},
@@ -423,6 +454,7 @@ class Report(Callback):
                 "best": best,
                 "mistakes": [],
                 "uncertain": [],
+                "furthest": [],
                 "data": described,
                 "cost": self._cost(trainer, pl_module),
                 "versions": {
@@ -439,8 +471,15 @@ class Report(Callback):
                     save_predictions(self._place / "predictions" / f"{split}.safetensors", found, None)
             if found is not None and len(found.labels):
                 other = None if held_out is None else (held_out.logits, held_out.labels)
-                report["evaluation"] = evaluation(found.logits, found.labels, held_out=other)
-                report |= self._gallery(trainer, pl_module, split, found, explained)
+                if found.kind == "classes":
+                    report["evaluation"] = evaluation(found.logits, found.labels, held_out=other)
+                    report |= self._gallery(trainer, pl_module, split, found, explained)
+                elif found.kind == "labels":
+                    report["labels"] = label_evaluation(found.logits, found.labels, held_out=other)
+                else:
+                    said = found.logits[:, 0]
+                    report["scores"] = score_evaluation(said, found.labels, mean=training_mean(data))
+                    report["furthest"] = self._furthest(found, said)
             report = plain(report)
             write_page(report, self._place)
             with spared("TensorBoard's pictures"):
@@ -471,4 +510,7 @@ class Report(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; a test of the checkpoint after the fit that wrote it knows more than the checkpoint."""
         if not self.progress["validations"]:
-            self.progress = copy.deepcopy(state_dict)
+            known = copy.deepcopy(state_dict)
+            if not isinstance(known.get("every", {}), dict):  # of a checkpoint from before curves had their own
+                known["every"] = dict.fromkeys(("points", "rates"), known["every"])
+            self.progress |= known

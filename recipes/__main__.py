@@ -171,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--json", type=Path, default=Path("doctor.json"), help="file of all that was found")
     command = commands.add_parser("report", help="make a run's report.html again, or compare several runs")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    command.add_argument("--out", type=Path, default=Path("comparison.html"), help="page of a comparison")
+    command.add_argument(
+        "--out", type=Path, help="page of a comparison; comparison.html beside the first run if not given"
+    )
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("plan", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from callbacks.evaluation import (
+    bca,
+    bootstrap,
     calibration,
     class_centres,
     class_scores,
@@ -20,9 +23,11 @@ from callbacks.evaluation import (
     evaluation,
     f1_interval,
     fit_temperature,
-    mcnemar,
+    in_order,
+    label_evaluation,
     nearest_centre,
-    paired_bootstrap,
+    score_evaluation,
+    spearman,
     wilson,
     worst_pairs,
 )
@@ -97,11 +102,12 @@ def test_intervals_are_scipys() -> None:
     logits, labels = made()
     both = (labels.numpy(), logits.argmax(1).numpy())
 
-    def f1(truth: np.ndarray, answers: np.ndarray) -> float:
-        return float(metrics.f1_score(truth, answers, average="macro"))
+    def f1(truth: np.ndarray, answers: np.ndarray) -> float:  # the seventh class is not there
+        sizes = np.bincount(truth, minlength=7)[:6] + np.bincount(answers, minlength=7)[:6]
+        return float((2 * np.bincount(truth[truth == answers], minlength=7)[:6] / sizes).mean())
 
     rng = np.random.default_rng(0)
-    options = {"paired": True, "vectorized": False, "method": "BCa", "n_resamples": 800, "rng": rng}
+    options = {"paired": True, "vectorized": False, "method": "BCa", "n_resamples": 4000, "rng": rng}
     expected = stats.bootstrap(both, f1, **options).confidence_interval
     assert f1_interval(labels, logits.argmax(1), 7, draws=4000) == pytest.approx(tuple(expected), abs=0.01)
 
@@ -110,7 +116,7 @@ def test_intervals_are_scipys() -> None:
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_the_interval_of_a_share_covers_what_it_says(size: int, share: float) -> None:
     ends = np.array([wilson(right, size) for right in range(size + 1)])
-    assert (np.diff(ends, axis=0) > 0).all() and 0 <= ends.min() and ends.max() <= 1
+    assert (np.diff(ends, axis=0) > 0).all() and ends.min() >= 0 and ends.max() <= 1
     drawn = np.random.default_rng(0).binomial(size, share, 20_000)
     simulated = ((ends[drawn, 0] <= share) & (share <= ends[drawn, 1])).mean()
     inside = (ends[:, 0] <= share) & (share <= ends[:, 1])
@@ -142,27 +148,6 @@ def test_a_few_mistakes_do_not_reach_up_to_one() -> None:
     for name in ("accuracy", "f1"):
         low, high = found[name]["interval"]
         assert 0.93 < low < found[name]["value"] < high < 1, name
-
-
-@pytest.mark.parametrize("skill", [0.3, 0.6])
-def test_comparisons_are_scipys(skill: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    first = torch.rand(300, generator=generator) < 0.6
-    second = torch.where(torch.rand(300, generator=generator) < skill, True, first)
-    only = int((first & ~second).sum()), int((second & ~first).sum())
-    assert mcnemar(first, second) == pytest.approx(stats.binomtest(only[0], sum(only), 0.5).pvalue, rel=1e-9)
-    assert mcnemar(second, first) == mcnemar(first, second)
-    gain = second.double().numpy() - first.double().numpy()
-    rng = np.random.default_rng(0)
-    expected = stats.bootstrap((gain,), np.mean, method="percentile", n_resamples=4000, rng=rng).confidence_interval
-    assert paired_bootstrap(first, second, draws=4000) == pytest.approx(tuple(expected), abs=0.008)
-
-
-def test_runs_that_agree_cannot_be_told_apart() -> None:
-    right = torch.tensor([True, False, True])
-    assert mcnemar(right, right) == 1
-    assert paired_bootstrap(right, right) == (0, 0)
-    assert mcnemar(torch.ones(5000, dtype=torch.bool), torch.zeros(5000, dtype=torch.bool)) < 1e-300
 
 
 def test_one_sample_and_a_class_that_is_only_said() -> None:
@@ -197,5 +182,91 @@ def test_the_nearest_centre_goes_by_direction() -> None:
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     evaluation(*made())
-    paired_bootstrap(torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def scores(samples: int = 300, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randn(samples, generator=generator)
+    predicted = labels + 0.5 * torch.randn(samples, generator=generator)
+    return predicted, (2 * labels).round().clamp(-2, 2) if ties else labels
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_scores_of_scores_are_scipys(ties: bool) -> None:
+    predicted, labels = scores(ties=ties)
+    found = score_evaluation(predicted, labels, mean=0.25)
+    assert found["spearman"]["value"] == pytest.approx(stats.spearmanr(predicted, labels).statistic, abs=1e-12)
+    assert found["mae"]["value"] == pytest.approx(metrics.mean_absolute_error(labels, predicted), rel=1e-6)
+    assert found["mse"]["value"] == pytest.approx(metrics.mean_squared_error(labels, predicted), rel=1e-6)
+    assert found["constant"]["mse"] == pytest.approx(float(((labels.double() - 0.25) ** 2).mean()))
+    off = (predicted - labels).abs().double().numpy()
+    options = {"method": "BCa", "n_resamples": 4000, "rng": np.random.default_rng(0)}
+    expected = stats.bootstrap((off,), np.mean, **options).confidence_interval
+    assert found["mae"]["interval"] == pytest.approx(tuple(expected), abs=0.006)
+    assert sorted(found["points"]) == sorted(zip(labels.tolist(), predicted.tolist(), strict=True))
+
+
+def test_the_interval_of_a_high_rank_correlation_covers_what_it_says() -> None:
+    generator, held = torch.Generator().manual_seed(0), 0
+    true = 6 / math.pi * math.asin(0.99 / 2)  # of a normal pair with correlation 0.99
+    for _ in range(200):
+        first, other = torch.randn(2, 100, generator=generator, dtype=torch.double)
+        second = 0.99 * first + math.sqrt(1 - 0.99**2) * other
+        codes = in_order(first), in_order(second)
+        value = float(spearman(codes, torch.arange(100)[None]))
+        low, high = bca(bootstrap(lambda rows, c=codes: spearman(c, rows), 100, draws=300), value, None) or (0, 0)
+        held += low <= true <= high < 1
+    assert 0.92 <= held / 200 <= 0.98, held / 200
+
+
+def test_a_constant_score_has_no_rank_correlation() -> None:
+    found = score_evaluation(torch.ones(9), torch.arange(9.0))
+    assert found["spearman"] is None and found["constant"]["of"] == "these" and found["mae"]["value"] > 0
+    assert score_evaluation(torch.ones(1), torch.ones(1))["mae"] == {"value": 0, "interval": None}
+
+
+def test_scores_of_several_labels_are_scikit_learns() -> None:
+    generator = torch.Generator().manual_seed(4)
+    labels = (torch.rand(200, 5, generator=generator) < torch.tensor([0.7, 0.4, 0.2, 0.05, 0.0])).float()
+    logits = 2 * labels - 1 + torch.randn(200, 5, generator=generator)
+    logits[:, 4] = -9.0  # never there, never said
+    found, said = label_evaluation(logits, labels), (logits > 0).numpy()
+    expected = metrics.precision_recall_fscore_support(labels, said, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert np.allclose(found["labels"][name], values), name
+    assert found["f1"]["value"] == pytest.approx(metrics.f1_score(labels, said, average="micro"))
+    four = metrics.f1_score(labels[:, :4], said[:, :4], average="macro")
+    assert found["f1_macro"]["value"] == pytest.approx(four), "a label that is neither there nor said counts nothing"
+    assert found["all_right"]["value"] == metrics.accuracy_score(labels, said)
+    for name in ("f1", "f1_macro", "all_right"):
+        low, high = found[name]["interval"]
+        assert low < found[name]["value"] < high
+    p = logits.sigmoid().numpy()
+    for at, row in zip(found["thresholds"], np.array(found["curves"]).T, strict=True):
+        assert np.allclose(row, metrics.f1_score(labels, p > at, average=None, zero_division=0))
+    constants = [np.isin(range(5), some).astype(float) for k in range(1, 6) for some in combinations(range(5), k)]
+    best = max(metrics.f1_score(labels, np.tile(c, (200, 1)), average="micro", zero_division=0) for c in constants)
+    assert found["constant"]["f1"] == pytest.approx(best)
+    assert found["labels"]["f1_at_threshold"] == pytest.approx(np.array(found["curves"]).max(1))
+    other = label_evaluation(logits, labels, held_out=(logits - 2, labels))
+    lowered = zip(other["labels"]["threshold"][:4], found["labels"]["threshold"][:4], strict=True)
+    assert all(first < second for first, second in lowered) and other["threshold_from"] == "validation"
+    assert other["labels"]["threshold"][4] == 0.5, "where there is nothing to find one on"
+
+
+def test_the_interval_of_several_labels_f1_is_scipys() -> None:
+    generator = torch.Generator().manual_seed(5)
+    labels = (torch.rand(150, 3, generator=generator) < 0.3).float()
+    logits = 3 * labels - 1.5 + torch.randn(150, 3, generator=generator)
+    found, rows = label_evaluation(logits, labels), np.arange(150)
+    for name, average in (("f1", "micro"), ("f1_macro", "macro")):
+
+        def f1(some: np.ndarray, average: str = average) -> float:
+            truth, said = labels.numpy()[some] > 0, logits.numpy()[some] > 0
+            right, size = (truth & said).sum(0), truth.sum(0) + said.sum(0)
+            return float(2 * right.sum() / size.sum() if average == "micro" else (2 * right / size).mean())
+
+        options = {"vectorized": False, "method": "BCa", "n_resamples": 2000, "rng": np.random.default_rng(0)}
+        expected = stats.bootstrap((rows,), f1, **options).confidence_interval
+        assert found[name]["interval"] == pytest.approx(tuple(expected), abs=0.015), name

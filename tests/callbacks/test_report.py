@@ -84,7 +84,8 @@ def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None
     assert found["evaluation"]["accuracy"]["value"] == metrics.accuracy_score(kept.labels, said)
     assert found["evaluation"]["confusion"] == metrics.confusion_matrix(kept.labels, said).tolist()
     assert len(found["curves"]["points"]) > 2 and found["class_names"] == ["0", "1", "2", "3"]
-    assert found["start"] is None and found["mistakes"][0]["name"] == "sample -1"
+    surest = max((said != kept.labels).nonzero().flatten().tolist(), key=lambda place: logits[place].softmax(0).max())
+    assert found["start"] is None and found["mistakes"][0]["name"] == f"sample {surest}"
     check_page(own_folder / "page")
 
 
@@ -137,7 +138,10 @@ def test_phases_and_curves_survive_a_resume(own_folder: Path) -> None:
     for part in ("phases", "mistakes", "evaluation"):
         assert whole[part] == resumed[part], part
     assert whole["curves"] == resumed["curves"]
-    assert "what trains" in (own_folder / "whole" / "report.html").read_text()
+    page = (own_folder / "whole" / "report.html").read_text()
+    assert "what trains" in page and "best val/loss in it" in page, "no checkpoint goes by a metric"
+    steps = [point["step"] for point in whole["curves"]["rates"]]
+    assert steps == list(range(48)), "a group that opens for a few steps is seen"
 
 
 def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path) -> None:
@@ -199,7 +203,9 @@ def some(classes: int, samples: int = 300, **changes: Any) -> dict[str, Any]:
 def test_few_and_many_classes(classes: int, own_folder: Path) -> None:
     (own_folder / "report.html").write_text(render(some(classes)))
     content = check_page(own_folder)
-    assert "That is not reliably more than the largest class" in content
+    found = some(classes)["evaluation"]
+    below = found["accuracy"]["interval"][1] < found["majority"]["accuracy"]
+    assert f"That is {'reliably worse' if below else 'not reliably more'} than the largest class" in content
     assert content.count("class 7") >= (1 if classes > 2 else 0)
 
 
@@ -211,6 +217,78 @@ def test_what_comes_from_outside_is_escaped(own_folder: Path) -> None:
     report["data"]["skipped"] = [evil]
     (own_folder / "report.html").write_text(render(report))
     assert "alert" in check_page(own_folder)
+
+
+class Scores(Net):
+    """Learns a number with a point; a stranger's, who returns nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0]) - batch[1]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+def test_scores_of_a_stranger_are_evaluated(own_folder: Path) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    pictures = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    truth = pictures.mean((1, 2, 3)) * 10 + 2
+    loader = DataLoader(TensorDataset(pictures, truth), batch_size=6)
+    net, report = Scores(), Report("page")
+    trainer = quiet(callbacks=[report], max_epochs=2)
+    trainer.fit(net, loader, loader)
+    trainer.test(net, loader, verbose=False)
+    found = read(own_folder / "page")
+    net.eval()
+    with torch.no_grad():
+        off = (net(pictures) - truth).abs()
+    assert (
+        found["evaluation"] is None
+        and found["scores"]["samples"] == 40
+        and found["scores"]["constant"]["of"] == "these"
+    )
+    assert found["scores"]["mae"]["value"] == pytest.approx(float(off.mean()), rel=1e-5)
+    assert found["furthest"][0]["name"] == f"sample {int(off.argmax())}"
+    assert "Furthest off" in check_page(own_folder / "page")
+    yes_or_no = DataLoader(TensorDataset(pictures, (truth > 2).float()), batch_size=6)
+    quiet(callbacks=[Report("page")]).test(net, yes_or_no, verbose=False)
+    assert read(own_folder / "page")["scores"] is None, "a logit, perhaps"
+
+
+def test_several_labels_of_a_stranger_are_evaluated(own_folder: Path) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Several(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", self.training_step(batch, batch_idx))
+
+        test_step = validation_step
+
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randn(40, 3, 6, 6, generator=generator)
+    truth = (torch.rand(40, 4, generator=generator) < 0.4).float()
+    loader = DataLoader(TensorDataset(pictures, truth), batch_size=6)
+    net, report = Several(), Report("page")
+    trainer = quiet(callbacks=[report], max_epochs=2)
+    trainer.fit(net, loader, loader)
+    trainer.test(net, loader, verbose=False)
+    found = read(own_folder / "page")
+    net.eval()
+    with torch.no_grad():
+        said = (net(pictures) > 0).numpy()
+    expected = metrics.f1_score(truth, said, average="micro", zero_division=0)
+    assert found["labels"]["f1"]["value"] == pytest.approx(expected)
+    assert found["labels"]["threshold_from"] == "validation" and found["class_names"] == ["0", "1", "2", "3"]
+    assert "Labels, the worst first" in check_page(own_folder / "page")
 
 
 class Regression(Net):
@@ -236,8 +314,14 @@ def test_several_labels_and_scores_of_texts(own_folder: Path) -> None:
     options = ["--data.train_file=t.csv", "--data.problem_type=regression", "--model.encoder=docstrings_bert"]
     options += ["--data.class_names=null", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
     cli = text(["fit", "--config", "text/csv_minilm", *options])
-    assert read(cli.folder)["evaluation"] is None
-    check_page(cli.folder)
+    found = read(cli.folder)
+    assert found["evaluation"] is None
+    mean = float(cli.datamodule.splits["train"].labels.mean())
+    assert (
+        found["scores"]["constant"]["value"] == pytest.approx(mean) and found["scores"]["constant"]["of"] == "training"
+    )
+    assert found["scores"]["mse"]["value"] == pytest.approx(found["metrics"]["val/mse"], rel=1e-2), "logged in bf16"
+    assert "Furthest off" in check_page(cli.folder)
 
 
 def test_texts_are_shown_with_what_the_answer_hangs_on(own_folder: Path) -> None:
@@ -266,6 +350,7 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
     right = [found.logits.argmax(1) == found.labels for found in (first, second)]
     gain = 100 * float(right[1].double().mean() - right[0].double().mean())
     assert f"{gain:+.1f} points of accuracy" in content and "McNemar" in content
+    assert " of macro F1 (95% interval" in content and " of loss (95% interval" in content
     assert f"{int((right[1] & ~right[0]).sum())} that B gets right and A wrong" in content
     differences = content.split("What differs in their configs")[1].split("</pre>")[0]
     assert [line.split() for line in differences.splitlines() if "max_epochs" in line][-1] == ["+", "max_epochs:", "3"]
