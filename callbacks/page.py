@@ -67,6 +67,8 @@ def number(value: Any) -> str:
     """Three digits after the point for a share, commas in a count."""
     if isinstance(value, int):
         return f"{value:,}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
@@ -359,6 +361,7 @@ def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, st
     curves = reports[0]["curves"]
     if not curves["rates"]:
         return "", ""
+    seen = [rate for point in curves["rates"] for rate in point["lr"].values() if rate]
     steps = [point["step"] for point in curves["rates"]]
     words = []
     for name, hue in zip(curves["groups"], HUES * len(curves["groups"]), strict=False):
@@ -367,15 +370,15 @@ def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, st
         if not known:
             continue
         is_open = [opened(reports[0]["phases"], name, step) for step in steps]
-        drawn = [float("nan") if rate is None else rate for rate in rates]
+        unseen = (None, 0) if seen else (None,)  # a logarithm has no 0
+        drawn = [float("nan") if rate in unseen else rate for rate in rates]
         axes.plot(steps, drawn, color=hue, linewidth=0.5, alpha=0.6)
         shown = [rate if there else float("nan") for rate, there in zip(drawn, is_open, strict=True)]
         line(axes, steps, shown, color=hue, label=written(name) if len(curves["groups"]) <= 8 else None)
         words.append(f"{name} from {known[0]:.2g} to {known[-1]:.2g}, at most {max(known):.2g}")
-    seen = [rate for point in curves["rates"] for rate in point["lr"].values() if rate]
     if seen:
         spans_little = max(seen) < 30 * min(seen)
-        axes.set_yscale("log", subs=[], nonpositive="mask")
+        axes.set_yscale("log", subs=[])
         axes.yaxis.get_major_locator().set_params(subs=[1, 2, 5] if spans_little else [1])
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.6g}")  # matplotlib's own writes TeX
         axes.yaxis.set_minor_formatter(lambda *_: "")

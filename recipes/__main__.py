@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "doctor", help="look at the data before anyone trains; status 1 where it is not sound"
     )
     command.add_argument("config", help="a shipped config or a file")
-    command.add_argument("--json", type=Path, default=Path("doctor.json"), help="file of all that was found")
+    command.add_argument("--json", type=Path, help="file of all that was found; runs/doctor/doctor.json if not given")
     command = commands.add_parser("report", help="make a run's report.html again, or compare several runs")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     command.add_argument(
@@ -191,9 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop(str(error))
     elif arguments.command == "doctor":
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
-        from .doctor import doctor
+        from .doctor import FINDINGS, doctor
 
-        sys.exit(doctor(recipe.main, ["--config", arguments.config, *rest], arguments.json))
+        sys.exit(doctor(recipe.main, ["--config", arguments.config, *rest], arguments.json or FINDINGS))
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan needs no data, so it asks no network for any
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")

@@ -18,11 +18,12 @@ from .names import stop
 from .parts.weights import load_weights
 from .screen import console
 
+FINDINGS = Path("runs") / "doctor" / "doctor.json"  # below the folder where the command is typed, beside the runs
 SHOWN = 5  # of what may be many; all of it is in the JSON file
 BLOCK = 512  # samples compared with all others at a time
 
 
-def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
+def doctor(main: Callable[..., Any], args: list[str], file: Path = FINDINGS) -> int:
     """Look, print, and write all that was found.
 
     Args:
@@ -46,6 +47,7 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path) -> int:
         found["suspects"] = suspects(cli.model, cli.datamodule, cli.planned_weights)
     found["data"] = data_config(cli)
     text = json.dumps(found, indent=1, ensure_ascii=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
     screen = console()
     show_counts(screen, found)

@@ -86,7 +86,7 @@ TINY = {  # what makes a command of README small, and what needs no network
     "csv_bert": f"{QUICK} --model.encoder=docstrings_bert",
 }
 LEAVES = {  # what a command of README is typed for
-    "recipes doctor": "doctor.json",
+    "recipes doctor": "runs/doctor/doctor.json",
     "<later>": "comparison.html",
     "new.csv": "new.csv",
     "new.parquet": "new.parquet",

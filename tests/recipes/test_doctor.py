@@ -47,7 +47,8 @@ def visit(*options: str, config: str = "vision/quickstart", status: int = 0) -> 
     with pytest.raises(SystemExit) as end:
         main(["doctor", config, *options])
     assert end.value.code == status
-    found: dict[str, Any] = json.loads(Path("doctor.json").read_text())
+    assert not Path("doctor.json").exists(), "git ignores runs/ alone"
+    found: dict[str, Any] = json.loads(Path("runs/doctor/doctor.json").read_text())
     return found
 
 
