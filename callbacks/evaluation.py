@@ -70,7 +70,7 @@ def worst_pairs(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]
     return [(cell // width, cell % width, count) for cell, count in chosen if count]
 
 
-def wilson(right: int, size: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(right: float, size: float, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927); of all or nothing the exact one (Clopper & Pearson 1934).
 
     Its exact coverage at 0.95 lies within 0.944 and 0.974 for shares of 0.5, 0.9 and 0.99 of 30, 200 and 2,000 samples;
@@ -134,6 +134,25 @@ def bca(drawn: Tensor, value: float, influence: Tensor | None, level: float = 0.
     return low, high
 
 
+def within_bounds(drawn: Tensor, value: float, influence: Tensor) -> tuple[float, float] | None:
+    """BCa interval of a share that is no mean, as F1; an end at 0 or 1 gives way to Wilson's.
+
+    After two mistakes one draw in seven has none, and so the interval would reach up to 1. Wilson's is of as many
+    samples as have a share of the same variance.
+
+    Args:
+        drawn: The share in each draw, `(draws,)`.
+        value: The share itself.
+        influence: How far it moves with each sample, `(n,)`.
+    """
+    found, variance = bca(drawn, value, influence), float(influence.double().square().sum())
+    if found is None or not 0 < value < 1:
+        return found
+    size = value * (1 - value) / variance
+    low, high = wilson(value * size, size)
+    return (found[0] if found[0] > 0 else low), (found[1] if found[1] < 1 else high)
+
+
 def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int = 1000) -> tuple[float, float] | None:
     """BCa interval of macro F1; none where all samples count alike, as without a mistake."""
     cells = labels * classes + predicted
@@ -141,8 +160,9 @@ def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int =
     size = (confusion.sum(0) + confusion.sum(1)).clamp(min=1).double()  # twice the F1's denominator
     share = class_scores(confusion).f1 / size
     influence = 2 * (labels == predicted) / size[labels] - share[labels] - share[predicted]
+    influence = influence / int((confusion.sum(0) + confusion.sum(1) > 0).sum())
     drawn = bootstrap(lambda rows: macro_f1(confusions(cells[rows], classes)), len(cells), draws=draws)
-    return bca(drawn, float(macro_f1(confusion)), influence)
+    return within_bounds(drawn, float(macro_f1(confusion)), influence)
 
 
 class Calibration(NamedTuple):
@@ -329,8 +349,9 @@ def label_f1_with_interval(counts: Tensor, *, micro: bool) -> dict[str, Any]:
     size = (2 * right + wrong + missed).sum(0).clamp(min=1)
     share = 2 * right.sum(0) / size
     influence = ((2 * right - share * (2 * right + wrong + missed)) / size).sum(1)
+    influence = influence / (1 if micro else int((total.sum(0) > 0).sum()))
     value, drawn = float(label_f1(total, micro=micro)), bootstrap(drawn_label_f1(counts, micro=micro), counts.shape[1])
-    return {"value": value, "interval": bca(drawn, value, influence)}
+    return {"value": value, "interval": within_bounds(drawn, value, influence)}
 
 
 def drawn_label_f1(counts: Tensor, *, micro: bool) -> Statistic:

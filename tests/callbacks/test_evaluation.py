@@ -140,14 +140,22 @@ def test_the_interval_of_macro_f1_covers_what_it_says(size: int, share: float) -
     assert tried > 200 and 0.92 <= held / tried <= 0.985, held / tried
 
 
-def test_a_few_mistakes_do_not_reach_up_to_one() -> None:
+@pytest.mark.parametrize("mistakes", [1, 2, 3])
+def test_a_few_mistakes_do_not_reach_up_to_one(mistakes: int) -> None:
     labels = torch.arange(179) % 5
-    logits = 5 * torch.nn.functional.one_hot(labels, 5).float()
-    logits[:3] = logits[:3].roll(1, 1)
-    found = evaluation(logits, labels)
-    for name in ("accuracy", "f1"):
-        low, high = found[name]["interval"]
-        assert 0.93 < low < found[name]["value"] < high < 1, name
+    truth = torch.nn.functional.one_hot(labels, 5).float()
+    logits = 5 * truth
+    logits[:mistakes] = logits[:mistakes].roll(1, 1)
+    found, several = evaluation(logits, labels), label_evaluation(2 * logits - 5, truth)
+    expected = stats.binomtest(179 - mistakes, 179).proportion_ci(0.95, method="wilson")
+    assert found["accuracy"]["interval"] == pytest.approx(tuple(expected))
+    for one in (found["f1"], several["f1"], several["f1_macro"]):
+        low, high = one["interval"]
+        assert 0.93 < low < one["value"] < high < 1
+        if mistakes < 3:  # classes of one size: as the share that is right
+            assert high == pytest.approx(expected.high, abs=1e-3)
+    wrong = evaluation(-logits[:60].roll(1, 1), labels[:60])
+    assert wrong["f1"]["value"] == 0 or wrong["f1"]["interval"][0] > 0
 
 
 def test_one_sample_and_a_class_that_is_only_said() -> None:
