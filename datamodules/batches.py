@@ -19,24 +19,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from .augment import DRAWS
+from .decoding import evaluation_crop
 from .pictures import Pictures
 from .sampling import IGNORED, Draw, counter_uniform, hash_seed
 
 Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
 Batch: TypeAlias = dict[str, Any]
-
-
-def evaluation_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, `(size, size)`; the same whether pictures lie in memory or are decoded.
-
-    A large picture's shorter side is brought to size x 8/7 first, as is usual for ImageNet's weights. One that has
-    to be enlarged, and any for a size of at most 96 px, has no border to spare: its shorter side becomes the size.
-    """
-    if picture.size == (size, size):
-        return picture
-    spare = size > 96 and min(picture.size) > size
-    cropped: Image.Image = VF.center_crop(VF.resize(picture, [round(size * 8 / 7) if spare else size]), [size])
-    return cropped
 
 
 def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:

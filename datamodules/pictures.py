@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from .decoding import read_rgb
 
 
 class Pictures(Protocol):
@@ -127,34 +128,22 @@ def flattened(pictures: Pictures) -> tuple[Pictures, Tensor]:
 
 
 def decode(file: Any, name: str) -> Image.Image:
-    """Read a picture upright and in RGB, whatever its mode and its EXIF orientation.
+    """Read a picture upright, in RGB and on white: see `decoding.read_rgb`.
 
     Args:
         file: A path or an open binary file.
         name: What to call it in an error.
 
     Raises:
-        ValueError: The file is truncated, no picture, or too large to be one.
+        ValueError: The file is gone, truncated, no picture, or too large to be one. Whatever goes wrong in one file
+            is that file's error: decoders raise a dozen kinds.
     """
     try:
-        with Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
-                values = np.asarray(image)
-                if values.min() < 0 or values.max() > 65535:
-                    raise ValueError("its values need more than 16 bits; convert it to 8 or 16 bits")
-                return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-            if image.mode == "F":
-                raise ValueError("its values are floating point, of unknown range; convert it to 8 or 16 bits")
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_rgb(file)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
         raise ValueError(
-            f"cannot read the picture {name}: {error}. Repair or remove it, or set data.on_error to skip."
+            f"cannot read the picture {name}: {reason}. Repair or remove it, or set data.on_error to skip."
         ) from error
 
 
