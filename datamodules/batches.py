@@ -25,6 +25,7 @@ from .sampling import IGNORED, Draw, counter_uniform, hash_seed
 
 Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
 Batch: TypeAlias = dict[str, Any]
+Sample: TypeAlias = tuple[Tensor, int, int]  # picture, label, row
 
 
 def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:
@@ -111,7 +112,9 @@ class Decoding(Dataset[Batch]):
         seed: The run's seed.
         on_error: What to do with an unreadable picture: `raise`; `skip`, leave it out of its batch and say so in
             `skipped`; or `blank`, put a black one in its place and say so in `unreadable`, as pairs of its index and
-            the reason. The last keeps batches as large as they are, whatever is in them.
+            the reason. The last keeps batches as large as they are, whatever is in them. Where `skip` leaves nothing
+            of a batch, one to train on holds the next pictures that can be read, one to evaluate a black one without
+            a label.
     """
 
     def __init__(
@@ -135,16 +138,16 @@ class Decoding(Dataset[Batch]):
         for draw in draws:
             try:
                 samples.append(self.sample(draw))
-            except (ValueError, FileNotFoundError) as error:  # also one that was there at the start
+            except ValueError as error:
                 if self.on_error == "raise":
                     raise
                 if self.on_error == "skip":
                     skipped.append(str(error))
                     continue
                 unreadable.append((draw.row, str(error.__cause__ or error)))
-                samples.append((self.transform(Image.new("RGB", (1, 1))), IGNORED, draw.row))
+                samples.append(self.blank(draw))
         if not samples:
-            raise ValueError(f"no picture of a batch of {len(draws)} can be read; the first: {skipped[0]}")
+            samples = self.others(draws, skipped[0])
         images, labels, index = zip(*samples, strict=True)
         shape = (len(images), *images[0].shape)
         whole = torch.empty(shape, dtype=images[0].dtype, memory_format=torch.channels_last)
@@ -163,7 +166,31 @@ class Decoding(Dataset[Batch]):
             batch["unreadable"] = unreadable
         return batch
 
-    def sample(self, draw: Draw) -> tuple[Tensor, int, int]:
+    def blank(self, draw: Draw) -> Sample:
+        """A black picture without a label."""
+        return self.transform(Image.new("RGB", (1, 1))), IGNORED, draw.row
+
+    def others(self, draws: list[Draw], reason: str) -> list[Sample]:
+        """What stands for a batch of nothing readable.
+
+        Raises:
+            ValueError: Nothing else can be read, either.
+        """
+        found: list[Sample] = []
+        for step in range(1, len(self)):
+            try:
+                found.append(self.sample(draws[-1]._replace(row=(draws[-1].row + step) % len(self))))
+            except ValueError:
+                continue
+            if not self.train:
+                return [self.blank(draws[0])]
+            if len(found) == len(draws):
+                break
+        if not found:
+            raise nothing_readable(len(draws), reason)
+        return found
+
+    def sample(self, draw: Draw) -> Sample:
         """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
         picture = self.pictures.read(draw.row)
         generator = torch.default_generator  # torch.manual_seed would look for GPUs, each time
@@ -175,6 +202,11 @@ class Decoding(Dataset[Batch]):
             generator.set_state(before)
         label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.row])
         return image, label, draw.row
+
+
+def nothing_readable(count: int, reason: str) -> ValueError:
+    """The error where pictures are to be skipped, and then none is left."""
+    return ValueError(f"no picture of a batch of {count} can be read, nor any other of its split; the first: {reason}")
 
 
 class Precomputed(Dataset[Batch]):

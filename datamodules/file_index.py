@@ -7,6 +7,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ MANY = 50_000  # below, listing them again is as fast as reading what was noted
 
 
 def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
-    """Paths below a folder, relative to it, sorted; without those whose name begins with a dot.
+    """Paths below a folder, relative to it, sorted; without those whose name begins with a dot."""
+    return list_tree(root, suffixes)[0]
+
+
+def list_tree(root: str | Path, suffixes: tuple[str, ...]) -> tuple[Sequence[str], dict[str, int]]:
+    """Paths as of `list_files`, and how many files have other endings, by ending, the most frequent first.
 
     No file is opened or asked for its size. Of many files a note is kept in torch's cache, with the times at which
     folders changed: a second start asks the folders alone. The paths then lie in a mapped file, not in memory.
@@ -28,12 +34,14 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
         suffixes: Endings of files, in lower case, such as `.jpg`.
     """
     root = os.path.abspath(root)  # noqa: PTH100  # symbolic links stay
-    key = hashlib.sha256(json.dumps([root, sorted(suffixes)]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([root, sorted(suffixes), "others"]).encode()).hexdigest()[:32]
     note = Path(torch.hub.get_dir()).parent / "folders" / f"{key}.paths"
     with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that is broken: it is made again
-        return MappedPaths(note, root)
+        mapped = MappedPaths(note, root)
+        return mapped, mapped.others
     folders: dict[str, int] = {}
     paths: list[str] = []
+    found: Counter[str] = Counter()
     waiting = [""]
     while waiting:
         folder = waiting.pop()
@@ -48,21 +56,24 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
                     waiting.append(f"{folder}{name}/")
                 elif name.lower().endswith(suffixes):
                     paths.append(f"{folder}{name}")
+                else:
+                    found[os.path.splitext(name)[1].lower()] += 1
     paths.sort()
+    others = dict(found.most_common())
     if len(paths) >= MANY:
         # a disk that is full or not ours to write on, a folder that is being filled: no note
         with contextlib.suppress(OSError, ValueError):
-            write_note(note, paths, folders)
-            return MappedPaths(note, root)
-    return paths
+            write_note(note, paths, folders, others)
+            return MappedPaths(note, root), others
+    return paths, others
 
 
-def write_note(note: Path, paths: list[str], folders: dict[str, int]) -> None:
+def write_note(note: Path, paths: list[str], folders: dict[str, int], others: dict[str, int]) -> None:
     """Write a line of facts, then the paths, each ended by a zero byte; another process sees all of it or nothing."""
     note.parent.mkdir(parents=True, exist_ok=True)
     beside = note.with_name(f"{note.name}.{os.getpid()}")
     content = os.fsencode("\0".join([*paths, ""]))
-    facts = json.dumps({"bytes": len(content), "folders": folders})
+    facts = json.dumps({"bytes": len(content), "folders": folders, "others": others})
     try:
         with beside.open("wb") as out:
             out.write(f"{facts}\n".encode())
@@ -86,6 +97,7 @@ class MappedPaths(Sequence[str]):
     def __init__(self, note: Path, root: str) -> None:
         self.note = note
         facts = self._open()
+        self.others: dict[str, int] = facts["others"]
         for folder, changed in facts["folders"].items():
             if os.stat(f"{root}/{folder}").st_mtime_ns != changed:
                 raise ValueError(f"{root}/{folder} has changed")

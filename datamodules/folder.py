@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .file_index import list_files
+from .decoding import readable_endings
+from .file_index import list_tree
 from .images import ImageDataModule
 from .pictures import PictureFiles, Pictures, Subset, existing_folder
 from .splits import stratified_split
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLITS = {
     "train": ("train", "training", "train_set", "training_set"),
     "val": ("val", "valid", "validation", "val_set", "validation_set"),
@@ -69,8 +70,15 @@ class ImageFolder(ImageDataModule):
         if self.root is None:
             raise ValueError("data.root is not set: give the folder that holds one folder of pictures per class")
         root = existing_folder(self.root, "one folder of pictures per class, or train/, val/ and test/ of such")
-        folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
-        found = {split: folders[name] for split, names in SPLITS.items() for name in names if name in folders}
+        folders = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir()]
+        found: dict[str, Path] = {}
+        for split, names in SPLITS.items():
+            several = sorted(folder for folder in folders if folder.name.lower() in names)
+            if len(several) > 1:
+                listed = " and ".join(f"{folder.name}/" for folder in several)
+                raise ValueError(f"{root} has {listed}, each for {split}: leave one, or put what they hold together")
+            if several:
+                found[split] = several[0]
         if "train" not in found:
             if found:
                 raise ValueError(f"{root} has a folder {next(iter(found.values())).name}/ but none called train/")
@@ -95,7 +103,8 @@ class ImageFolder(ImageDataModule):
         """List the files; none is opened. With given class names only those to predict."""
         splits: dict[str, Pictures] = {}
         if self.given_names is None:
-            splits = {name: self._list(folder) for name, folder in self.split_folders.items()}
+            splits = {name: self._list(name, folder) for name, folder in self.split_folders.items()}
+            self.leave_out_beside_splits()
         if splits and "test" not in splits:
             whole = splits["train"]
             kept, held_out = stratified_split(whole.labels, self.test_share, seed=0)
@@ -104,24 +113,66 @@ class ImageFolder(ImageDataModule):
             root = Path(self.predict_root)
             if not root.exists():
                 raise FileNotFoundError(f"no folder or picture {root}: set data.predict_root to what to predict")
-            paths = [root.name] if root.is_file() else list_files(root, SUFFIXES)
+            if root.is_file():
+                paths: Sequence[str] = [root.name]
+            else:
+                paths, others = list_tree(root, readable_endings())
+                self.leave_out(root, others)
             if not paths:
-                raise FileNotFoundError(f"no picture in {root}: expected files ending in {', '.join(SUFFIXES)}")
+                raise FileNotFoundError(f"no picture in {root}: expected .jpg, .png or others that Pillow reads")
             folder = root.parent if root.is_file() else root
             splits["predict"] = PictureFiles(paths, torch.zeros(len(paths)), str(folder))
         return splits
 
-    def _list(self, folder: Path) -> Pictures:
+    def _list(self, split: str, folder: Path) -> Pictures:
         strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(self.class_names)
         if strangers:
             raise ValueError(f"{folder} has classes that the training folder has not: {', '.join(sorted(strangers))}")
-        paths = list_files(folder, SUFFIXES)
+        paths, others = list_tree(folder, readable_endings())
         labels = torch.full((len(paths),), -1)
         for label, name in enumerate(self.class_names):  # paths are sorted: those of a class are neighbours
             labels[bisect_left(paths, f"{name}/") : bisect_left(paths, f"{name}0")] = label  # 0 is what follows /
+        loose = (labels < 0).nonzero().flatten()
+        if len(loose) == len(paths):
+            beside = f"{len(loose)} lie in no class folder" if len(loose) else "it is empty"
+            raise ValueError(
+                f"no picture for {split} in {folder}: {beside}. Sort them into one folder per class, or call it "
+                "otherwise; what has no class is for data.predict_root"
+            )
         found = set(labels.tolist())
         empty = [name for label, name in enumerate(self.class_names) if label not in found]
-        if empty and folder == self.split_folders["train"]:
+        if empty and split == "train":
             raise ValueError(f"no picture of class {empty[0]!r} in {folder / empty[0]}")
+        self.leave_out(folder, others)
         pictures = PictureFiles(paths, labels, str(folder))
-        return Subset(pictures, (labels >= 0).nonzero().flatten()) if -1 in found else pictures
+        if not len(loose):
+            return pictures
+        self.left_out.append(
+            f"{len(loose):,} pictures of {folder} lie in no class folder, first {paths[int(loose[0])]}"
+        )
+        return Subset(pictures, (labels >= 0).nonzero().flatten())
+
+    def leave_out(self, folder: Path, others: Mapping[str, int]) -> None:
+        """Note the files of a folder that are none to read, by their endings."""
+        if others:
+            endings = ", ".join(f"{count:,} {ending or 'without'}" for ending, count in others.items())
+            self.left_out.append(f"{sum(others.values()):,} files of {folder} have no picture's ending: {endings}")
+
+    def leave_out_beside_splits(self) -> None:
+        """Note what lies beside the folders of splits."""
+        root = existing_folder(str(self.root), "the folders of splits")
+        splits = set(self.split_folders.values())
+        if root in splits:
+            return
+        pictures, beside = 0, []
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            if entry.name[0] == "." or Path(entry.path) in splits:
+                continue
+            if entry.is_dir():
+                found = len(list_tree(entry.path, readable_endings())[0])
+            else:
+                found = entry.name.lower().endswith(readable_endings())
+            pictures += found
+            beside.append(entry.name + "/" * entry.is_dir())
+        if beside:
+            self.left_out.append(f"{pictures:,} pictures of {root} lie beside its splits, in {', '.join(beside[:5])}")

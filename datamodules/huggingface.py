@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .images import ImageDataModule
-from .pictures import Pictures, decode
+from .pictures import Pictures, decode, label_names, label_numbers
 
 
 class HuggingFaceImages(ImageDataModule):
@@ -65,10 +65,7 @@ class HuggingFaceImages(ImageDataModule):
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The ClassLabel's names; else the sorted values of the training split."""
-        feature = self.tables["train"].features[self.label_column]
-        if hasattr(feature, "names"):
-            return list(feature.names)
-        return [str(value) for value in sorted(self.tables["train"].unique(self.label_column))]
+        return self._names("train") or label_names(self._values("train"), self._where("train"))
 
     def prepare_data(self) -> None:
         """Download and convert once, on one process of a machine."""
@@ -78,17 +75,30 @@ class HuggingFaceImages(ImageDataModule):
         """Read the labels; pictures stay encoded in the memory-mapped table."""
         return {split: self._pictures(split, table) for split, table in self.tables.items()}
 
+    def _names(self, split: str) -> list[str] | None:
+        """Of a ClassLabel, by number."""
+        names = getattr(self.tables[split].features[self.label_column], "names", None)
+        return None if names is None else list(names)
+
+    def _values(self, split: str) -> list[Any]:
+        """The label column at once: row by row is far slower."""
+        values: list[Any] = self.tables[split].data[self.label_column].to_pylist()
+        return values
+
+    def _where(self, split: str) -> Callable[[int], str]:
+        return lambda row: f"row {row} of split {self.split_names[split]!r}"
+
     def _pictures(self, split: str, table: Any) -> Pictures:
-        values = table.data[self.label_column].to_pylist()  # at once: row by row is far slower
-        if not hasattr(table.features[self.label_column], "names"):
-            number = {name: label for label, name in enumerate(self.class_names)}
-            unseen = [row for row, value in enumerate(values) if str(value) not in number]
-            if unseen:
+        values, names, where = self._values(split), self._names(split), self._where(split)
+        if names is not None:  # a ClassLabel's number is a position, also among names that are digits
+            wrong = next((row for row, v in enumerate(values) if v is not None and not 0 <= v < len(names)), None)
+            if wrong is not None:
                 raise ValueError(
-                    f"label {values[unseen[0]]!r} in row {unseen[0]} of split {split!r} is not in the training split"
+                    f"label {values[wrong]} in {where(wrong)} is out of range: there are {len(names)} classes"
                 )
-            values = [number[str(value)] for value in values]
-        return TablePictures(table, self.image_column, torch.tensor(values), f"{self.source['path']}/{split}")
+            values = [None if value is None else names[value] for value in values]
+        labels = label_numbers(values, self.class_names, where)
+        return TablePictures(table, self.image_column, labels, f"{self.source['path']}/{split}")
 
 
 class TablePictures:

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import augment as batchwise
-from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, evaluation_crop, sample_transform
+from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, nothing_readable, sample_transform
+from .decoding import evaluation_crop
 from .inspection import inspect_pictures
 from .pictures import PictureArray, Pictures, Subset, check_labels, flattened
 from .sampling import BlockSampler, Draw, EpochSampler
@@ -102,6 +103,7 @@ class ImageDataModule(LightningDataModule):
         self.decoded: dict[str, Tensor] = {}
         self.features: dict[str, Tensor] = {}
         self.skipped: set[str] = set()
+        self.left_out: list[str] = []  # what lies with the pictures and is in no split, in words
 
     @property
     def class_names(self) -> list[str]:
@@ -135,8 +137,11 @@ class ImageDataModule(LightningDataModule):
         """Split, limit and check what `read_splits` finds; decode it where it is to lie in memory."""
         if self.splits:
             return
+        self.left_out.clear()
         splits = self.read_splits()
-        for pictures in splits.values():
+        for name, pictures in splits.items():
+            if not len(pictures.labels):
+                raise ValueError(f"the {name} split holds no picture: give it some, or leave it out")
             check_labels(pictures, self.class_names)
         if "train" in splits:
             self._hold_out(splits)
@@ -144,6 +149,19 @@ class ImageDataModule(LightningDataModule):
         self.cut_rows = rows_of(splits)  # before pictures that cannot be read drop out
         counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
         log.info("data: %s pictures of %d classes", counts or len(splits["predict"].labels), self.num_classes)
+        for sentence in self.left_out:
+            log.warning("data: left out: %s", sentence)
+        for name in splits.keys() & {"val", "test"}:
+            seen = set(splits[name].labels.tolist())
+            unseen = [label for number, label in enumerate(self.class_names) if number not in seen]
+            if unseen:
+                listed = ", ".join(unseen[:5])
+                log.warning(
+                    "data: %s holds no picture of %d classes, as %s: its figures say nothing of them",
+                    name,
+                    len(unseen),
+                    listed,
+                )
 
     def _hold_out(self, splits: dict[str, Pictures]) -> None:
         train = splits["train"]
@@ -207,7 +225,7 @@ class ImageDataModule(LightningDataModule):
         splits = {name: part for name, part in self.splits.items() if name != "predict"}
         few = sum(len(part.labels) for part in splits.values()) < 2_000
         workers = (0 if few else min(8, _cores())) if self.num_workers is None else self.num_workers
-        return inspect_pictures(splits, self.class_names, workers)
+        return inspect_pictures(splits, self.class_names, workers) | {"left_out": self.left_out}
 
     def _loader(
         self, split: str, *, train: bool = False, shuffle: bool = False, world: int | None = None, rank: int = 0
@@ -280,6 +298,8 @@ class ImageDataModule(LightningDataModule):
                 continue
             pixels[len(readable)] = torch.from_numpy(np.array(evaluation_crop(picture, size)))
             readable.append(index)
+        if not readable:
+            raise nothing_readable(len(pixels), sorted(self.skipped)[0])
         if len(readable) < len(pixels):
             self.splits[split] = Subset(pictures, torch.tensor(readable, dtype=torch.long))
         return pixels[: len(readable)]

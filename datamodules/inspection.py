@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ SIDE = 16  # of the thumbnails by which rescaled copies are found
 ALIKE = 0.987  # cosine of two thumbnails above which they show the same: copies at half the size have 0.99 and more
 FLAT = 6.0  # standard deviation of a thumbnail below which it shows nothing that could be told from others
 LARGE = 200_000  # pictures above which all pairs take too long: only exact copies are found
-ENDINGS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}
+SAME = {"MPO": "JPEG", "DIB": "BMP"}  # formats whose files may have the ending of another
 MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]|ï»¿")
 
 Place = tuple[str, int]  # a split's name and the position in it
@@ -66,10 +66,10 @@ def look(pictures: Pictures, index: int) -> Looked:
             with Image.open(path) as image:
                 mode, form = image.mode, str(image.format)
             ending = path.suffix.lower()
-            if ending not in ENDINGS.get(form, (f".{form.lower()}",)):
+            if Image.registered_extensions().get(ending) not in {form, SAME.get(form)}:
                 misnamed = f"is {form}, not {ending}"
         picture = pictures.read(index)
-    except (UnidentifiedImageError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # as in `decode`, whichever the decoder raises
         sentence = " ".join(str(error).split())
         return Looked(index, sentence, "", "", (0, 0), b"", np.zeros(SIDE * SIDE * 3, np.uint8), nothing, nothing)
     pixels = np.asarray(picture)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from .batches import Batch, Decoding
 from .images import ImageDataModule
-from .pictures import Pictures, Subset, decode, flattened
+from .pictures import Pictures, Subset, decode, flattened, label_names, label_numbers
 from .sampling import BlockSampler, EpochSampler, hash_seed
 
 log = logging.getLogger(__name__)
@@ -90,16 +90,15 @@ class ParquetImages(ImageDataModule):
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The names in the metadata of the first file; else the sorted values of all training files."""
         shards = self.shards["train"]
-        return shards[0].names or [str(value) for value in sorted(set().union(*(shard.labels for shard in shards)))]
+        return shards[0].names or label_names(labels_of(shards), RowNamer(shards))
 
     def read_splits(self) -> dict[str, Pictures]:
         """Labels, and where each picture lies."""
-        number = {name: label for label, name in enumerate(self.class_names)}
         splits: dict[str, Pictures] = {
             split: RowGroups(
                 shards,
                 self.image_column,
-                torch.tensor([number.get(str(label), -1) for shard in shards for label in shard.labels]),
+                label_numbers(labels_of(shards), self.class_names, RowNamer(shards)),
             )
             for split, shards in self.shards.items()
         }
@@ -162,6 +161,28 @@ class Shard(NamedTuple):
     digest: str  # of the footer
 
 
+def labels_of(shards: Sequence[Shard]) -> list[Any]:
+    """The labels of all rows."""
+    return [label for shard in shards for label in shard.labels]
+
+
+class RowNamer:
+    """Names a row of several files by its file and the row in it.
+
+    Args:
+        shards: The files.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.paths = [shard.path for shard in shards]
+        self.starts = [0, *accumulate(len(shard.labels) for shard in shards)]
+
+    def __call__(self, row: int) -> str:
+        """Of a row of all, counted through."""
+        shard = bisect_right(self.starts, row) - 1
+        return f"{self.paths[shard]}#{row - self.starts[shard]}"
+
+
 class RowGroups:
     """Encoded pictures in the row groups of Parquet files.
 
@@ -176,6 +197,7 @@ class RowGroups:
         self.places = [(number, group) for number, shard in enumerate(shards) for group in range(len(shard.rows))]
         sizes = [size for shard in shards for size in shard.rows]
         self.starts = [0, *accumulate(sizes)][:-1]
+        self._row = RowNamer(shards)
         self.in_order = True
         self.room = 2  # row groups to hold in memory, for each lane of a BlockSampler that a worker reads
         self._held: OrderedDict[int, Any] = OrderedDict()
@@ -219,6 +241,8 @@ class RowGroups:
             ) from error
         if isinstance(cell, dict):
             cell, path = cell["bytes"], cell.get("path")
+        if isinstance(cell, str):
+            cell, path = None, cell
         if cell is None:
             raise ValueError(f"{self._row(index)} has no picture" + (f", only a path, {path}" if path else ""))
         return decode(io.BytesIO(cell), self._row(index))
@@ -226,11 +250,6 @@ class RowGroups:
     def name(self, index: int) -> str:
         """The file and the row in it."""
         return self._row(index)
-
-    def _row(self, index: int) -> str:
-        shard = self.places[bisect_right(self.starts, index) - 1][0]
-        first = self.starts[bisect_right(self.places, (shard, 0)) - 1]
-        return f"{self.shards[shard].path}#{index - first}"
 
     def fingerprint(self) -> str:
         """Hash of the files' footers."""
@@ -298,7 +317,7 @@ def read_shard(path: str, image_column: str, label_column: str) -> Shard:
         if wrong is not None:
             raise ValueError(f"label {labels[wrong]} in row {wrong} of {path} is out of range: there are {len(names)}")
         labels = [names[label] for label in labels]
-    digest = hashlib.sha256(json.dumps([rows, sizes, labels]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([rows, sizes, labels], default=str).encode()).hexdigest()
     return Shard(path, rows, labels, names, digest)
 
 

@@ -23,6 +23,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
     Returns:
         Indices kept and indices held out, each in ascending order.
+
+    Raises:
+        ValueError: The share lies out of (0, 1), or no class has two samples, so that none can be held out.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
@@ -31,6 +34,7 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     for members in by_class(labels):
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    check_some(held_out, labels)
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
@@ -48,7 +52,7 @@ def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: i
         Indices kept and indices held out, each in ascending order.
 
     Raises:
-        ValueError: No such fold, or a share out of (0, 1).
+        ValueError: No such fold, or an empty one; a share out of (0, 1), or no class of two samples.
     """
     if fold is None:
         return stratified_split(labels, share, seed)
@@ -62,7 +66,21 @@ def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: i
         order = members[torch.randperm(len(members), generator=generator)]
         of[order] = torch.arange(start, start + len(members)) % folds
         start += len(members)
+    check_some(of == number, labels)
     return (of != number).nonzero().flatten(), (of == number).nonzero().flatten()
+
+
+def check_some(held_out: Tensor, labels: Tensor) -> None:
+    """Refuse a split of nothing: a run would choose no checkpoint, or have nothing to report.
+
+    Raises:
+        ValueError: Says how many samples and classes there are.
+    """
+    if not held_out.any() or held_out.all():
+        raise ValueError(
+            f"too few samples: of {len(labels)} in {len(labels.unique())} classes none can be held out for validation "  # type: ignore[no-untyped-call]
+            "or test, as each class keeps one to train on. Give each class three or more, or a split of their own"
+        )
 
 
 def grouped_split(labels: Tensor, groups: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:

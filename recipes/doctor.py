@@ -94,6 +94,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
         if groups:
             out.append(f"{len(groups):,} {words}:")
             out += [f"    {' = '.join(' · '.join(place) for place in group[:3])}" for group in groups[:SHOWN]]
+    out += [f"left out: {sentence}" for sentence in found.get("left_out", [])]
     for pair, count in found["leaks"].items():
         out.append(f"LEAK: {count:,} of these in both {' and '.join(pair.split(', '))}: its figure can't be trusted")
     if found["conflicts"]:
@@ -160,7 +161,7 @@ def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | st
         for batch in tqdm(loader, desc="features", unit=" batches"):
             ready = data.on_after_batch_transfer(batch, 0)
             features[ready["index"]] = model.backbone(model.normalise(ready["image"])).float()
-            seen[ready["index"]] = True
+            seen[ready["index"]] = ready["label"].cpu() >= 0
     except ValueError as error:  # a whole batch of files that are no pictures
         return f"labels were not looked at: {' '.join(str(error).split())}"
     names, rows = data.class_names, seen.nonzero().flatten()

@@ -46,7 +46,7 @@ def extract(backbone: Callable[[Tensor], Tensor], views: Sequence[Iterable[Batch
     Args:
         backbone: Pictures `(batch, 3, height, width)` to features `(batch, width)`; in evaluation mode.
         views: For each view, batches with `image` and `index`, on the backbone's device, that together hold
-            each of the samples once, in any order.
+            each of the samples once, in any order; a `label` of -100 marks one that does not count.
         samples: Their number.
         file: Where the features are kept; its name should be a `fingerprint` of all they depend on.
 
@@ -63,15 +63,15 @@ def extract(backbone: Callable[[Tensor], Tensor], views: Sequence[Iterable[Batch
     unfinished = file.with_suffix(f".{os.getpid()}.part")
     values: Tensor | None = None
     for view, batches in enumerate(views):
-        seen = 0
+        seen = torch.zeros(samples, dtype=torch.bool)
         for batch in batches:
             found, index = backbone(batch["image"]).float().cpu(), batch["index"].cpu()
             if values is None:
                 values = _mapped(unfinished, len(views) * samples * found.shape[1]).view(shape)
             values[view, index] = found
-            seen += len(index)
-        if seen != samples:
-            raise ValueError(f"{seen} of {samples} samples came in view {view}: features would be missing")
+            seen[index[batch["label"].cpu() >= 0] if "label" in batch else index] = True
+        if not seen.all():
+            raise ValueError(f"{int(seen.sum())} of {samples} samples came in view {view}: features would be missing")
     if values is None:
         raise ValueError("there is no view to extract features from")
     unfinished.replace(file)

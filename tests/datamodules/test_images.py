@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder
+from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder, ParquetImages
 from datamodules.batches import sample_transform
 from datamodules.images import ImageDataModule
 from datamodules.pictures import decode
@@ -354,6 +355,135 @@ def test_loose_pictures_can_be_predicted(tmp_path: Path) -> None:
     assert len(rows(data, "predict")[0]["image"]) == 3
 
 
+def test_all_that_can_be_read_is_read_and_what_is_left_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_folder(tmp_path / "f", ("train", "val", "test"), classes=2, each=4)
+    for ending in ("jfif", "jpe", "JPG"):
+        picture(1).save(root / "train" / "class_0" / f"more.{ending}", "JPEG")
+    picture(1).convert("L").save(root / "train" / "class_0" / "more.pgm")
+    picture(1).save(root / "train" / "class_1" / "._more.jpg")
+    for name in ("notes.txt", "more.txt", "Thumbs.db", "README", "drawing.eps"):
+        (root / "train" / "class_1" / name).write_text("x")
+    picture(1).save(root / "train" / "loose.jpg")
+    picture(1).save(root / "beside.jpg")
+    (root / "extra").mkdir()
+    picture(1).save(root / "extra" / "one.png")
+    data = ImageFolder(root, image_size=32)
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert data.class_counts == [8, 4]
+    for words in (
+        f"5 files of {root}/train have no picture's ending: 2 .txt, 1 ",
+        f"1 pictures of {root}/train lie in no class folder, first loose.jpg",
+        f"2 pictures of {root} lie beside its splits, in beside.jpg, extra/",
+    ):
+        assert any(words in sentence for sentence in data.left_out), data.left_out
+        assert f"data: left out: {words}" in caplog.text
+    assert data.inspect()["left_out"] == data.left_out
+    assert not ImageFolder(write_folder(tmp_path / "g"), image_size=32).left_out
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("kind", ["loose", "empty", "empty classes"])
+def test_a_split_of_no_use_is_refused(tmp_path: Path, split: str, kind: str) -> None:
+    root = write_folder(tmp_path / "f", tuple({"train", "val", "test"} - {split}), classes=2, each=4)
+    (root / split / "class_0" if kind == "empty classes" else root / split).mkdir(parents=True)
+    if kind == "loose":
+        for number in range(3):
+            picture(number).save(root / split / f"{number}.jpg")
+    words = "3 lie in no class folder" if kind == "loose" else "it is empty"
+    with pytest.raises(
+        ValueError, match=rf"no picture for {split} in .*{split}: {words}.*one folder per class.*predict_root"
+    ):
+        ImageFolder(root, image_size=32).setup()
+
+
+@pytest.mark.parametrize("names", [("val", "validation"), ("test", "Test"), ("train", "training")])
+def test_two_folders_for_one_split_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    root = write_folder(tmp_path / "f", tuple({"train", *names}), classes=2, each=2)
+    first, second = sorted(names)
+    with pytest.raises(ValueError, match=rf"has {first}/ and {second}/, each for {names[0]}: leave one"):
+        ImageFolder(root, image_size=32).setup()
+
+
+def test_a_table_without_rows_is_no_split(tmp_path: Path) -> None:
+    files = {
+        "train": str(write_parquet(tmp_path / "a.parquet", 9)),
+        "test": str(write_parquet(tmp_path / "b.parquet", 0)),
+    }
+    with pytest.raises(ValueError, match="the test split holds no picture"):
+        ParquetImages(files["train"], test_files=files["test"], val_files=files["train"], image_size=32).setup()
+
+
+@pytest.mark.parametrize("each", [(1, 2), (1, 1), (2, 1), (2, 2)])
+def test_too_few_pictures_to_split_are_told(tmp_path: Path, each: tuple[int, int]) -> None:
+    """Of two in a class one is for the test, and none is left to validate on."""
+    root = tmp_path / "f"
+    for label, count in enumerate(each):
+        (root / f"class_{label}").mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(root / f"class_{label}" / f"{number}.jpg")
+    with pytest.raises(ValueError, match=r"too few samples: of \d in 2 classes none can be held out.*three or more"):
+        ImageFolder(root, image_size=32).setup("fit")
+    with pytest.raises(ValueError, match="too few samples: of 2 in 1 classes"):
+        hold_out(torch.tensor([0, 0]), 0.1, (3, 5), seed=0)
+
+
+def test_classes_that_a_split_lacks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "f", ("train", "val", "test"), classes=3, each=4)
+    for file in (root / "val" / "class_1").iterdir():
+        file.unlink()
+    with caplog.at_level(logging.WARNING):
+        ImageFolder(root, image_size=32).setup()
+    assert "data: val holds no picture of 1 classes, as class_1" in caplog.text and "test holds no" not in caplog.text
+
+
+# ---- what cannot be read is left out, by one rule on both ways
+
+
+@pytest.mark.parametrize("size", [32, 100], ids=["in memory", "decoding"])
+@pytest.mark.parametrize("fault", ["broken", "vanished"])
+def test_a_whole_batch_of_nothing_readable_is_left_out(tmp_path: Path, size: int, fault: str) -> None:
+    root = write_folder(tmp_path / "f", ("train", "val", "test"), classes=2, each=8)
+    data = ImageFolder(root, image_size=size, batch_size=4, eval_batch_size=8, num_workers=0, on_error="skip")
+    data.setup("fit")
+    for split in ("train", "val"):
+        for path in sorted((root / split / "class_0").iterdir()):
+            truncate(path) if fault == "broken" else path.unlink()
+    for split, count in (("val", 8), ("train", 8)):
+        batches = rows(data, split)
+        labels = torch.cat([batch["label"] for batch in batches])
+        assert set(labels[labels >= 0].tolist()) == {1}
+        assert len(labels[labels >= 0]) == count if split == "val" else len(labels) >= count
+        assert all(len(batch["image"]) for batch in batches)
+    assert len(data.skipped) == 16
+    for path in (root / "test" / "class_0").iterdir():
+        truncate(path)
+    for path in (root / "test" / "class_1").iterdir():
+        truncate(path)
+    with pytest.raises(ValueError, match="no picture of a batch of .* nor any other of its split"):
+        rows(data, "test")
+
+
+def test_a_batch_of_nothing_counts_nothing(tmp_path: Path) -> None:
+    """The loss and the metrics are those of the pictures that there are."""
+    from recipes.vision import main
+
+    found = []
+    for name, broken in (("whole", False), ("broken", True)):
+        root = write_folder(tmp_path / name, ("train", "val", "test"), classes=2, each=4)
+        for path in sorted((root / "test" / "class_0").iterdir()):
+            truncate(path) if broken else path.unlink()
+        options = [f"--data.root={root}", "--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0"]
+        options += ["--data.on_error=skip", "--model.backbone=resnet8", "--model.image_size=100"]
+        quiet = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.accelerator=cpu"]
+        cli = main(["fit", "--data=ImageFolder", *options, *quiet, "--trainer.enable_progress_bar=false"], plan=True)
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        found.append({key: float(value) for key, value in cli.trainer.callback_metrics.items()})
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 def test_mistakes_in_a_table_get_a_sentence(tmp_path: Path) -> None:
     files = {"train": str(write_parquet(tmp_path / "a.parquet", 6))}
     with pytest.raises(ValueError, match="no split 'test' in parquet: it has train"):
@@ -382,6 +512,88 @@ def test_labels_may_be_names_or_numbers(tmp_path: Path) -> None:
         data.setup()
         assert data.class_names == names
         assert sorted(data.splits["train"].pictures.labels.tolist()) == [0] * 4 + [1] * 4  # type: ignore[attr-defined]
+
+
+def table(path: Path, labels: list[Any], kind: Any = None) -> str:
+    """Pictures and labels in Parquet: a ClassLabel of these names, a type of `datasets`, or without metadata."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    picture(0, 16, 16).save(buffer, "PNG")
+    cells = [{"bytes": buffer.getvalue(), "path": None}] * len(labels)
+    if kind is None:
+        pq.write_table(pa.table({"image": cells, "label": labels}), path)
+    else:
+        feature = datasets.ClassLabel(names=kind) if isinstance(kind, list) else datasets.Value(kind)
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features).to_parquet(str(path))
+    return str(path)
+
+
+LABELS: dict[str, tuple[Any, Any, list[str], list[int] | str]] = {  # training, test; classes, test's numbers or words
+    "gaps": ([1, 2, 4, 5], [4, 1, 5], ["1", "2", "4", "5"], [2, 0, 3]),
+    "a number that training lacks": (
+        [1, 2, 4, 5],
+        [4, 3],
+        ["1", "2", "4", "5"],
+        "label 3 in .*1.* is not in the training",
+    ),
+    "numbers by value": ([10, 9, 100], [100, 9], ["9", "10", "100"], [2, 0]),
+    "leading zeros": (["01", "02", "10"], ["10", "01"], ["01", "02", "10"], [2, 0]),
+    "zeros lost in one": (["01", "02"], [1, 2], ["01", "02"], "label '?1'? in .*0.* is not in the training"),
+    "whole floats and integers": ([1.0, 2.0, 4.0], [4, 1], ["1", "2", "4"], [2, 0]),
+    "integers and whole floats": ([1, 2, 4], [4.0, 1.0], ["1", "2", "4"], [2, 0]),
+    "numbers as words": ([1, 2, 4], ["4", "1"], ["1", "2", "4"], [2, 0]),
+    "a name that training lacks": (["a", "b"], ["b", "c"], ["a", "b"], "label 'c' in .*1.* is not in the training"),
+    "nothing in the test": ([1, 2], [1, None], ["1", "2"], "no label in .*1"),
+    "nothing in training": ([1, None, 2], [1], ["1", "2"], "no label in .*1"),
+    "NaN": ([1.0, 2.0], [1.0, float("nan")], ["1", "2"], "no label in .*1"),
+    "digits as ClassLabel": (([0, 1, 2], ["5", "1", "2"]), ([2, 0], ["5", "1", "2"]), ["5", "1", "2"], [2, 0]),
+    "1 and 0": (([0, 1], ["1", "0"]), ([1, 0], ["1", "0"]), ["1", "0"], [1, 0]),
+    "a ClassLabel without label": (([0, 1], ["a", "b"]), ([1, None], ["a", "b"]), ["a", "b"], "no label in .*1"),
+    "a list": ([["a"], ["b"]], [["a"]], ["a"], "no name and no number"),
+}
+
+
+@pytest.mark.parametrize("module", ["HuggingFaceImages", "ParquetImages"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_label_is_the_right_class_or_its_row_is_named(tmp_path: Path, kind: str, module: str) -> None:
+    (train, test, names, expected), options = LABELS[kind], {"image_size": 16, "num_workers": 0}
+    train, test = (part if isinstance(part, tuple) else (part, None) for part in (train, test))
+    paths = {"train": table(tmp_path / "a.parquet", *train), "test": table(tmp_path / "b.parquet", *test)}
+    data: ImageDataModule
+    if module == "ParquetImages":
+        data = ParquetImages(paths["train"], val_files=paths["train"], test_files=paths["test"], **options)
+    else:
+        data = HuggingFaceImages("parquet", data_files=paths, val_split="train", **options)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            data.setup()
+        return
+    data.setup()
+    assert data.class_names == names
+    assert data.splits["test"].labels.tolist() == expected
+
+
+def test_labels_of_pictures_in_a_csv(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    files = {}
+    for split, labels in (("train", [1, 2, 4, 2]), ("test", [4, 1]), ("strange", [4, 3]), ("gap", [4, ""])):
+        lines = [f"{tmp_path}/a.png,{label}" for label in labels]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,label", *lines]))
+        files[split] = str(tmp_path / f"{split}.csv")
+    data = HuggingFaceImages("csv", data_files=files, image_size=16, val_split="train")
+    data.setup()
+    assert data.class_names == ["1", "2", "4"] and data.splits["test"].labels.tolist() == [2, 0]
+    assert data.splits["test"].read(0).size == (48, 40)
+    for split, words in (
+        ("strange", "label 3 in row 1 of split 'strange'"),
+        ("gap", "no label in row 1 of split 'gap'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            HuggingFaceImages("csv", data_files=files, image_size=16, test_split=split).setup()
 
 
 def test_missing_cifar10_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,13 @@ def test_plain_parquet_without_metadata(tmp_path: Path, labels: list[Any]) -> No
     assert data.splits["train"].read(5).size == (32, 32)
 
 
+def test_a_column_of_paths_is_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "label": [0, 1]}), tmp_path / "a.parquet")
+    data = made(str(tmp_path / "a.parquet"), val_files=str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match="a.parquet#1 has no picture, only a path, b.jpg"):
+        data.splits["train"].read(1)
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves parts of files, as object stores do; fails where it is told to."""
 
