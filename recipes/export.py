@@ -23,24 +23,27 @@ import inspect
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import __version__, names
 from .cli import quieten, speak
-from .loading import Restored, restore, samples_for
+from .loading import Restored, pixels, restore, samples_for
 from .parts import small_resnet
 from .parts.encoders import quietly
 from .parts.graphs import PictureGraph, TokenGraph
 from .text import save_for_transformers
-from .usage import PIXELS, lines_for
+from .usage import PICTURES, PIXELS, lines_for
 
 FORMATS = ("safetensors", "onnx", "torch", "hf")
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order differ by a hundredth of it ...
@@ -103,7 +106,7 @@ def facts_of(restored: Restored, checkpoint: Path, form: str) -> dict[str, Any]:
         return facts | {
             "architecture": {"backbone": model.backbone.name, "head": str(model.hparams["head"])},
             "preprocessing": {
-                "colour": "RGB, upright, in [0, 1]",
+                "colour": "RGB, upright, on white, in [0, 1]; 16 bits as 8",
                 "size": size,
                 "shorter_side": shorter_side(size),
                 "resize": "bilinear; to `shorter_side` where that of the picture is above `size`, else to `size`",
@@ -141,6 +144,8 @@ def write(restored: Restored, checkpoint: Path, form: str, facts: dict[str, Any]
         return
     if restored.recipe == "text":
         write_tokenizer(restored, folder / "tokenizer.json")
+    else:
+        (folder / "pixels.py").write_text(PIXELS.format(size=restored.image_size), encoding="utf-8")
     if form == "safetensors":
         (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")  # the lines of the check read it
         if "small_resnet" in lines:  # which no other library has
@@ -236,6 +241,8 @@ def check(restored: Restored, samples: Any, lines: str, folder: Path) -> dict[st
         ValueError: It does not run; another answer, or a difference above the tolerance.
     """
     expected = restored.logits(samples)
+    if restored.recipe == "vision":
+        check_reading(folder, restored.image_size)
     given = {"images": samples.numpy()} if restored.recipe == "vision" else {"texts": samples}
     found = {"folder": str(folder), **given}
     try:
@@ -247,6 +254,48 @@ def check(restored: Restored, samples: Any, lines: str, folder: Path) -> dict[st
             f"what was written cannot be loaded by other programs, so it is gone again: {reason}"
         ) from error
     return compare(expected, torch.as_tensor(found["logits"]), restored.problem_type)
+
+
+def check_reading(folder: Path, size: int) -> None:
+    """Read files of many kinds by the lines of the README, and compare with what evaluation sees of them.
+
+    Raises:
+        ValueError: They cannot be read by these lines, or look otherwise.
+    """
+    with tempfile.TemporaryDirectory() as other:
+        files = write_odd_pictures(Path(other), size)
+        found: dict[str, Any] = {"folder": str(folder), "files": files}
+        try:
+            exec(compile(PICTURES, "README.md", "exec"), found)
+        except Exception as error:
+            raise ValueError(f"the lines that read pictures don't run: {error}") from error
+        for file, image in zip(files, found["images"], strict=True):
+            if not np.array_equal(image, pixels(file, file, size).numpy().astype(np.float32) / 255):
+                raise ValueError(f"the lines that read pictures see another {Path(file).name} than evaluation does")
+
+
+def write_odd_pictures(folder: Path, size: int) -> list[str]:
+    """Small files of the kinds that programs read otherwise: 16 and 32 bits, transparent, a palette, turned, CMYK."""
+    steps = np.linspace(0, 65535, (size + 9) * (size + 5)).astype(np.uint16).reshape(size + 9, size + 5)
+    grey = Image.fromarray((steps // 257).astype(np.uint8))
+    clear = Image.merge("RGBA", (grey, grey.rotate(90, expand=False), grey.rotate(180), grey.rotate(270)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "16_bits.png": (Image.fromarray(steps), {}),
+        "16_bits.tif": (Image.fromarray(steps), {}),
+        "0_is_white.tif": (Image.fromarray(steps), {"tiffinfo": {262: 0}}),
+        "32_bits.tif": (Image.fromarray(steps.astype(np.int32)), {}),
+        "32_bits_to_255.tif": (Image.fromarray((steps // 257).astype(np.int32)), {}),
+        "transparent.png": (clear, {}),
+        "grey_transparent.png": (clear.convert("LA"), {}),
+        "palette.png": (grey.quantize(16), {"transparency": 3}),
+        "turned.jpg": (clear.convert("RGB"), {"exif": exif}),
+        "cmyk.jpg": (clear.convert("RGB").convert("CMYK"), {}),
+    }
+    for name, (image, options) in made.items():
+        image.save(folder / name, **options)
+    return [str(folder / name) for name in made]
 
 
 def compare(expected: Tensor, logits: Tensor, problem_type: str) -> dict[str, float]:
@@ -280,9 +329,7 @@ def sentence(check: dict[str, Any]) -> str:
 def readme(restored: Restored, facts: dict[str, Any], lines: str, name: str) -> str:
     """What the export is, and the lines that use it."""
     if restored.recipe == "vision":
-        size = restored.image_size
-        code = PIXELS.format(size=size, shorter_side=shorter_side(size))
-        before = f'{code}\n\nimages = np.stack([pixels("picture.jpg")])\n'
+        before = f'folder, files = ".", ["picture.jpg"]\n{PICTURES}'
     else:
         pair = '[("a text", "a second one")]' if restored.pairs else '["a text"]'
         before = f"texts = {pair}\n"

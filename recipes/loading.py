@@ -9,6 +9,7 @@ arguments, the encoder's configuration, the tokenizer and the names of the class
 
 from __future__ import annotations
 
+import inspect
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,7 +24,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from datamodules.batches import evaluation_crop
+from datamodules import decoding
+from datamodules.decoding import evaluation_crop, readable_endings
+from datamodules.file_index import list_files
 from datamodules.pictures import decode
 
 from .parts.encoders import quietly
@@ -34,7 +37,7 @@ from .vision import VisionClassifier
 log = logging.getLogger(__name__)
 
 Text = str | tuple[str, str]  # a text, or a pair of them
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+READING = inspect.getsource(decoding)  # how evaluation reads a picture, to go with an export
 
 
 @dataclass
@@ -246,9 +249,18 @@ def validation_texts(split: Any, rows: Sequence[int]) -> list[Text]:
 
 
 def given_pictures(folder: Path, size: int, count: int) -> Tensor:
-    """Pictures of a folder and those below it."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)[:count]
-    return stacked([pixels(path, str(path), size) for path in paths], str(folder))
+    """Pictures of a folder and those below it, without those that cannot be read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected one of pictures")
+    found: list[Tensor] = []
+    for path in list_files(folder, readable_endings()):
+        try:
+            found.append(pixels(folder / path, str(folder / path), size))
+        except ValueError as error:
+            log.warning("%s", error)
+        if len(found) == count:
+            break
+    return stacked(found, str(folder))
 
 
 def given_texts(file: Path, count: int, pairs: bool) -> list[Text]:

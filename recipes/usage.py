@@ -1,7 +1,8 @@
 """The lines that load an export and use it: its README shows them, and its check runs them.
 
 Each text of Python below reads `folder`, where the export lies, and `images`, an array `(batch, 3, size, size)` in
-[0, 1], or `texts`, a list; it leaves `logits`. None of it needs this package.
+[0, 1], or `texts`, a list; it leaves `logits`. `PIXELS` is a file that reads pictures, and `PICTURES` uses it on
+`files`. None of it needs this package.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from typing import Any
 
 from torch import nn
 
+from .loading import READING
 from .parts.backbones import FAMILIES, backbone_facts
 from .parts.small_resnet import SmallResNet
 
-PIXELS = '''\
-import numpy as np
-from PIL import Image, ImageOps
+PIXELS = f'''{READING.replace("{", "{{").replace("}", "}}")}
 
-
-def pixels(path, size={size}, shorter_side={shorter_side}):
+def pixels(file, size={{size}}):
     """The middle of a picture as in evaluation, (3, size, size), in [0, 1]."""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    side = shorter_side if min(picture.size) > size else size
-    picture = picture.resize([int(side * s / min(picture.size)) for s in picture.size], Image.Resampling.BILINEAR)
-    left, top = (round((s - size) / 2) for s in picture.size)
-    return np.asarray(picture.crop((left, top, left + size, top + size)), np.float32).transpose(2, 0, 1) / 255
+    return np.asarray(evaluation_crop(read_rgb(file), size), np.float32).transpose(2, 0, 1) / 255
 '''
+PICTURES = """\
+import runpy
+import numpy as np
+
+pixels = runpy.run_path(f"{folder}/pixels.py")["pixels"]
+images = np.stack([pixels(file) for file in files])
+"""
 
 TORCH = """\
 import json

@@ -24,7 +24,7 @@ from recipes.loading import restore
 from recipes.parts.graphs import PictureGraph
 from recipes.runs import load_checkpoint
 from recipes.text import main as text
-from recipes.usage import PIXELS
+from recipes.usage import PICTURES, PIXELS
 from recipes.vision import main as vision
 from tests.conftest import picture, write_folder
 from tests.tiny_encoders import sentence, tiny_encoder, write_csv
@@ -198,6 +198,48 @@ def test_the_lines_for_a_picture_crop_as_evaluation_does(own_folder: Path, size:
     picture(1, *size).save("it.png")
     expected = np.array(evaluation_crop(Image.open("it.png"), side)).transpose(2, 0, 1).astype(np.float32) / 255
     assert np.array_equal(found["pixels"]("it.png"), expected)
+
+
+@pytest.mark.parametrize("side", [32, 128])
+def test_the_lines_for_a_picture_read_as_evaluation_does(own_folder: Path, side: int) -> None:
+    Path("it").mkdir()
+    Path("it/pixels.py").write_text(PIXELS.format(size=side))
+    files = module.write_odd_pictures(own_folder, side)
+    found: dict[str, Any] = {"folder": "it", "files": files}
+    exec(PICTURES, found)
+    for file, image in zip(files, found["images"], strict=True):
+        expected = loading.pixels(file, file, side).numpy().astype(np.float32) / 255
+        assert np.array_equal(image, expected) and 0.1 < image.mean() < 0.95, file
+    module.check_reading(Path("it"), side)
+
+
+@pytest.mark.parametrize("fault", ["0 is white", "16 bits", "transparent", "turned", "broken"])
+def test_lines_that_read_otherwise_are_refused(checkpoint: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = {
+        "0 is white": ("255 - grey if inverted else grey", "grey"),
+        "16 bits": ("* 255 // most", ""),
+        "transparent": ("picture.has_transparency_data", "False"),
+        "turned": ("if turn in TURNS", "if False"),
+        "broken": ("import numpy as np", "import numpi as np"),
+    }[fault]
+    assert old in PIXELS
+    monkeypatch.setattr(module, "PIXELS", PIXELS.replace(old, new))
+    with pytest.raises(ValueError, match="the lines that read pictures"):
+        export(checkpoint, "torch")
+    assert not list(checkpoint.parents[1].glob("*_torch"))
+
+
+def test_samples_are_what_can_be_read(checkpoint: Path, own_folder: Path) -> None:
+    given = own_folder / "given" / "deeper"
+    given.mkdir(parents=True)
+    picture(0).save(given / "a.jfif", "JPEG")
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(given / "b.png")
+    for name in ("._b.png", "notes.txt", "broken.png"):
+        (given / name).write_bytes(b"Mac OS X")
+    folder = export(checkpoint, "torch", given=own_folder / "given")
+    assert json.loads((folder / "facts.json").read_text())["check"]["samples"] == 2
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere: expected one of pictures"):
+        export(checkpoint, "onnx", given=own_folder / "nowhere")
 
 
 def test_a_checkpoint_alone_is_enough(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
