@@ -684,12 +684,16 @@ def _check_size(name: str, image_size: int, facts: BackboneFacts) -> None:
     if image_size < facts.min_size:
         minimum = f"takes images of {facts.min_size} px and more"
         raise ValueError(f"backbone {name!r} {minimum}; received image_size={image_size}")
-    remainder = image_size % facts.multiple_of
+    _check_multiple(name, image_size, facts.multiple_of)
+
+
+def _check_multiple(name: str, image_size: int, patch: int) -> None:
+    remainder = image_size % patch
     if remainder:
         below = image_size - remainder
         raise ValueError(
-            f"backbone {name!r} needs an image_size that is a multiple of {facts.multiple_of}; received "
-            f"{image_size}, between {below} and {below + facts.multiple_of}"
+            f"backbone {name!r} needs an image_size that is a multiple of {patch}; received "
+            f"{image_size}, between {below} and {below + patch}"
         )
 
 
@@ -753,6 +757,8 @@ def _timm_backbone(name: str, image_size: int, facts: BackboneFacts) -> Backbone
             f"backbone {name!r} cannot be built for images of {image_size} px, only for its own "
             f"{facts.input_size} px; timm says: {error}"
         ) from error
+    if image_size != facts.input_size:  # at its own the net was trained, with a border unseen or not
+        _check_multiple(name, image_size, _timm_patch(net))
     classifier = _timm_config(name).classifier or ()
     return Backbone(
         net,
@@ -763,6 +769,14 @@ def _timm_backbone(name: str, image_size: int, facts: BackboneFacts) -> Backbone
         blocks=_timm_blocks(net),
         head=(classifier,) if isinstance(classifier, str) else tuple(classifier),
     )
+
+
+def _timm_patch(net: nn.Module) -> int:
+    """Side in pixels of the patches that a net cuts a picture into, where it would leave out what makes none."""
+    from timm.layers import PatchEmbed
+
+    patches = (module for module in net.modules() if isinstance(module, PatchEmbed))
+    return next((int(each.patch_size[0]) for each in patches if not each.dynamic_img_pad), 1)
 
 
 def _timm_blocks(net: Any) -> Blocks:

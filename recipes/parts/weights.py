@@ -10,9 +10,12 @@ Either everything fits, but for the classifier, or nothing is loaded and an erro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shlex
+import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ _PICKLES = (".pt", ".pth", ".ckpt")
 _NESTED = ("state_dict", "model")  # where Lightning, and torchvision's training scripts, keep the state dict
 _WRAPPERS = {"module", "_orig_mod"}  # put into keys by DataParallel and DDP, by torch.compile
 _PREFIXES = ("", "net.", "backbone.net.", "backbone.", "model.")  # torchvision, Backbone, recipes, other modules
+_POSITIONS = re.compile("pos_embed|rel_pos|relative_position|attention_bias")
 _RENAMED = (  # torchvision's files are older than its modules
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\."), r"\1\2."),
     (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
@@ -87,8 +91,8 @@ def load_weights(backbone: Backbone, weights: str | Path, *, strict: bool = True
     Keys are matched whether they were saved from torchvision's or timm's net, from a `Backbone`, or from a module
     that has one or other as `backbone`, `net` or `model`, as the checkpoints of the recipes; through DataParallel,
     DDP or torch.compile. A classifier among them is left out. Position embeddings of torchvision's vision
-    transformers are interpolated where the image size is another. Batch normalisation's count of batches may be
-    missing, as in files older than it: with a momentum it is never read.
+    transformers, and what timm itself would resize of its own, are interpolated where the image size is another.
+    Batch normalisation's count of batches may be missing, as in files older than it: with a momentum it is never read.
 
     Args:
         backbone: Backbone to load into, on any device but `meta`.
@@ -122,9 +126,12 @@ def load_weights(backbone: Backbone, weights: str | Path, *, strict: bool = True
         faults = {"missing": absent, "unexpected": unexpected, "of another shape": shapes}
         told = "; ".join(f"{len(keys)} {fault} ({_listed(keys)})" for fault, keys in faults.items() if keys)
         if strict or len(reshaped) == len(fitting):
+            hint = " strict=False loads what fits." if strict else ""
+            if any(_POSITIONS.search(key) for key in reshaped):  # which would leave them fresh
+                hint = " Weights of positions fit the image size that they were trained at: build it with theirs."
             raise ValueError(
                 f"weights from {source} do not fit backbone {backbone.name!r}: of its {len(own)} tensors {told}. "
-                f"Is it the net they were saved from?{' strict=False loads what fits.' if strict else ''}"
+                f"Is it the net they were saved from?{hint}"
             )
     with torch.no_grad():
         for key in fitting.keys() - reshaped:
@@ -292,19 +299,28 @@ def _plain(key: str) -> str:
 
 
 def _resize_positions(backbone: Backbone, own: Mapping[str, Tensor], fitting: dict[str, Tensor]) -> tuple[str, ...]:
-    """Interpolate position embeddings `(1, 1 + patches, width)` of another number of patches, in `fitting`."""
+    """Interpolate embeddings and biases of positions, of another number of patches, in `fitting`."""
+    odd = [key for key in fitting if _POSITIONS.search(key) and fitting[key].shape != own[key].shape]
+    if not odd:
+        return ()
+    plain = OrderedDict((key, tensor.float()) for key, tensor in fitting.items())
     key = "encoder.pos_embedding"
-    if key not in own or key not in fitting:
-        return ()
-    theirs, ours = fitting[key].shape, own[key].shape
-    if theirs == ours or theirs[-1] != ours[-1]:
-        return ()
-    from torchvision.models.vision_transformer import interpolate_embeddings
+    if odd == [key]:
+        from torchvision.models.vision_transformer import interpolate_embeddings
 
-    patch_size = backbone.facts.multiple_of
-    resized = interpolate_embeddings(backbone.input_size, patch_size, OrderedDict({key: fitting[key].float()}))
-    fitting[key] = resized[key]
-    return (key,)
+        if fitting[key].shape[-1] == own[key].shape[-1]:
+            patch_size = backbone.facts.multiple_of
+            plain = interpolate_embeddings(backbone.input_size, patch_size, OrderedDict({key: plain[key]}))
+    elif backbone.name.startswith("timm/"):
+        # what each family of timm does to the state dicts that it downloads
+        adapt = getattr(sys.modules[type(backbone.net).__module__], "checkpoint_filter_fn", lambda state, net: state)
+        # of another width: told with the others; torch warns of timm's way to interpolate
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = adapt(plain, backbone.net)
+    resized = tuple(key for key in odd if key in plain and plain[key].shape == own[key].shape)
+    fitting.update({key: plain[key] for key in resized})
+    return resized
 
 
 def _listed(names: Iterable[str], limit: int = 5) -> str:

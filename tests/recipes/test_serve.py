@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from tests.tiny_encoders import sentence, tiny_encoder, tokenizer
 pytest.importorskip("litserve")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside LitServe's dependencies
 
-from recipes.serve import RequestError, answers, file_of_form, limited, main, sample_of  # noqa: E402
+from recipes.serve import RequestError, answers, file_of_form, limited, main, picture_of, sample_of  # noqa: E402
 
 CLASSES = ["a", "b", "c"]
 
@@ -257,6 +258,31 @@ def test_what_is_no_picture_is_told(pictures: Server) -> None:
         assert list(answer) == ["detail"] and "\n" not in answer["detail"]
     assert pictures.post(encoded(2))[0] == 200
     assert pictures.health() == 200
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (60_000, 1), (1, 60_000)])
+def test_a_strip_is_answered_in_little_memory(size: tuple[int, int]) -> None:
+    body = io.BytesIO()
+    Image.new("RGB", size, (10, 200, 30)).save(body, "PNG")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = picture_of(body.getvalue(), 224)
+    assert made.shape == (3, 224, 224) and made[:, 5, 7].tolist() == [10, 200, 30]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, MemoryError, AttributeError])
+def test_whatever_a_decoder_raises_is_no_picture(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the header as in the pixels."""
+    body = encoded(1)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise kind("odd")
+
+    for method in ("open", "Image.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"PIL.Image.{method}", fail)
+            with pytest.raises(RequestError, match="the body is no picture that can be read"):
+                picture_of(body, 32)
 
 
 def test_a_gigabyte_is_refused_unread(pictures: Server) -> None:

@@ -438,6 +438,43 @@ class TestTimm:
         assert len(report.head) == 2
         assert report.head_classes == 7
 
+    @pytest.mark.parametrize("size", [96, 224])
+    def test_position_embeddings_of_another_image_size_are_interpolated(
+        self, tmp_path: Path, timm: Any, size: int
+    ) -> None:
+        state = timm.create_model("test_vit", num_classes=7).state_dict()  # 160 px in patches of 16
+        backbone = build_backbone("timm/test_vit", image_size=size)
+        report = load_weights(backbone, saved(state, tmp_path / "net.safetensors"))
+        assert report.resized == ("pos_embed",) and not report.missing
+        new, side = backbone.net.state_dict()["pos_embed"], size // 16
+        first = new.shape[1] - side**2  # the class token's
+        torch.testing.assert_close(new[:, :first], state["pos_embed"][:, :first])
+        grid = state["pos_embed"][:, first:].reshape(1, 10, 10, -1).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+        torch.testing.assert_close(new[:, first:].reshape(1, side, side, -1).permute(0, 3, 1, 2), expected)
+        others = backbone.net.state_dict().keys() - {"pos_embed"}
+        assert all(torch.equal(backbone.net.state_dict()[key], state[key]) for key in others)
+
+    def test_biases_of_another_image_size_are_interpolated(self, tmp_path: Path, timm: Any) -> None:
+        options = {"num_classes": 0, "depth": 2, "embed_dim": 32, "num_heads": 2}
+        trained = timm.create_model("beit_base_patch16_224", **options)
+        nn.init.normal_(trained.blocks[0].attn.relative_position_bias_table)
+        net = timm.create_model("beit_base_patch16_224", img_size=96, **options)
+        name = "timm/beit_base_patch16_224"
+        facts = backbone_facts(name)._replace(input_size=96)
+        backbone = Backbone(net, name=name, facts=facts, width=32, blocks={}, head=("head",))
+        report = load_weights(backbone, saved(trained.state_dict(), tmp_path / "net.safetensors"))
+        assert report.resized == tuple(f"blocks.{n}.attn.relative_position_bias_table" for n in (0, 1))
+        new, old = (n.blocks[0].attn.relative_position_bias_table for n in (net, trained))
+        torch.testing.assert_close(new[-3:], old[-3:])  # of the class token
+        torch.testing.assert_close(new[(11 * 11) // 2], old[(27 * 27) // 2])  # of a patch to itself
+
+    def test_another_width_is_refused(self, tmp_path: Path, timm: Any) -> None:
+        state = timm.create_model("test_vit", num_classes=0).state_dict()
+        state["pos_embed"] = torch.zeros(1, 50, 8)
+        with pytest.raises(ValueError, match=r"1 of another shape \(pos_embed.*build it with theirs"):
+            load_weights(build_backbone("timm/test_vit", image_size=96), saved(state, tmp_path / "net.safetensors"))
+
     def test_published(self, tmp_path: Path, timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         path = saved(timm.create_model("test_vit").state_dict(), tmp_path / "published.safetensors")
         create_model = timm.create_model
