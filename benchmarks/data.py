@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 from benchmarks.measure import used, write_result
 from datamodules import HuggingFaceImages, ImageFolder
+from datamodules.decoding import readable_endings
 from datamodules.file_index import list_files
-from datamodules.folder import SUFFIXES
 from datamodules.inspection import inspect_pictures
 from datamodules.pictures import PictureFiles
 
@@ -124,8 +124,8 @@ def million(root: Path) -> dict[str, float]:
     walked = seconds(walk)
     return {
         "walk_s": round(walked, 2),
-        "first_s": round(seconds(lambda: list_files(root, SUFFIXES)), 2),
-        "second_s": round(seconds(lambda: list_files(root, SUFFIXES)), 2),
+        "first_s": round(seconds(lambda: list_files(root, readable_endings())), 2),
+        "second_s": round(seconds(lambda: list_files(root, readable_endings())), 2),
         "second_setup_s": round(seconds(setup), 2),
     }
 
@@ -156,7 +156,7 @@ def main() -> None:
             wall, cpu = (statistics.median(run[kind] for run in runs) for kind in (0, 1))
             figures[way] = {"per_wall_s": round(wall, 1), "per_cpu_s": round(cpu, 1)}
         write_pictures(Path(folder) / "small", 20_000, 32, 32)
-        paths = list_files(Path(folder) / "small", SUFFIXES)
+        paths = list_files(Path(folder) / "small", readable_endings())
         pictures = PictureFiles(paths, torch.zeros(len(paths)), f"{folder}/small")
         started = time.perf_counter()
         inspect_pictures({"train": pictures}, ["all"], workers=2)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+RULES = 2  # raised whenever the pixels of some file change: what was computed of them is stale then
 LEFT_OUT = {"EPS", "WMF"} | {"BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}  # drawings for other programs; containers
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

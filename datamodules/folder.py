@@ -134,7 +134,7 @@ class ImageFolder(ImageDataModule):
             labels[bisect_left(paths, f"{name}/") : bisect_left(paths, f"{name}0")] = label  # 0 is what follows /
         loose = (labels < 0).nonzero().flatten()
         if len(loose) == len(paths):
-            beside = f"{len(loose)} lie in no class folder" if len(loose) else "it is empty"
+            beside = f"all {len(loose):,} lie in no class folder" if len(loose) else "it is empty"
             raise ValueError(
                 f"no picture for {split} in {folder}: {beside}. Sort them into one folder per class, or call it "
                 "otherwise; what has no class is for data.predict_root"
@@ -147,16 +147,17 @@ class ImageFolder(ImageDataModule):
         pictures = PictureFiles(paths, labels, str(folder))
         if not len(loose):
             return pictures
-        self.left_out.append(
-            f"{len(loose):,} pictures of {folder} lie in no class folder, first {paths[int(loose[0])]}"
-        )
+        lie = "pictures of {} lie" if len(loose) > 1 else "picture of {} lies"
+        first = paths[int(loose[0])]
+        self.omitted.append(f"{len(loose):,} {lie.format(folder)} in no class folder, first {first}")
         return Subset(pictures, (labels >= 0).nonzero().flatten())
 
     def leave_out(self, folder: Path, others: Mapping[str, int]) -> None:
         """Note the files of a folder that are none to read, by their endings."""
         if others:
             endings = ", ".join(f"{count:,} {ending or 'without'}" for ending, count in others.items())
-            self.left_out.append(f"{sum(others.values()):,} files of {folder} have no picture's ending: {endings}")
+            have = "files of {} have" if sum(others.values()) > 1 else "file of {} has"
+            self.omitted.append(f"{sum(others.values()):,} {have.format(folder)} no picture's ending: {endings}")
 
     def leave_out_beside_splits(self) -> None:
         """Note what lies beside the folders of splits."""
@@ -175,4 +176,5 @@ class ImageFolder(ImageDataModule):
             pictures += found
             beside.append(entry.name + "/" * entry.is_dir())
         if beside:
-            self.left_out.append(f"{pictures:,} pictures of {root} lie beside its splits, in {', '.join(beside[:5])}")
+            some = ", ".join(beside[:5]) + (" ..." if len(beside) > 5 else "")
+            self.omitted.append(f"beside the splits of {root} lie {some}, with pictures: {pictures:,}")

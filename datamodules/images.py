@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, nothing_readable, sample_transform
-from .decoding import evaluation_crop
+from .decoding import RULES, evaluation_crop
 from .inspection import inspect_pictures
 from .pictures import PictureArray, Pictures, Subset, check_labels, flattened
 from .sampling import BlockSampler, Draw, EpochSampler
@@ -103,7 +103,7 @@ class ImageDataModule(LightningDataModule):
         self.decoded: dict[str, Tensor] = {}
         self.features: dict[str, Tensor] = {}
         self.skipped: set[str] = set()
-        self.left_out: list[str] = []  # what lies with the pictures and is in no split, in words
+        self.omitted: list[str] = []  # what lies with the pictures and is in no split, in words
 
     @property
     def class_names(self) -> list[str]:
@@ -137,7 +137,7 @@ class ImageDataModule(LightningDataModule):
         """Split, limit and check what `read_splits` finds; decode it where it is to lie in memory."""
         if self.splits:
             return
-        self.left_out.clear()
+        self.omitted.clear()
         splits = self.read_splits()
         for name, pictures in splits.items():
             if not len(pictures.labels):
@@ -149,19 +149,14 @@ class ImageDataModule(LightningDataModule):
         self.cut_rows = rows_of(splits)  # before pictures that cannot be read drop out
         counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
         log.info("data: %s pictures of %d classes", counts or len(splits["predict"].labels), self.num_classes)
-        for sentence in self.left_out:
+        for sentence in self.omitted:
             log.warning("data: left out: %s", sentence)
-        for name in splits.keys() & {"val", "test"}:
-            seen = set(splits[name].labels.tolist())
+        for name in ("val", "test"):
+            seen = set(splits[name].labels.tolist()) if name in splits else set(range(self.num_classes))
             unseen = [label for number, label in enumerate(self.class_names) if number not in seen]
             if unseen:
-                listed = ", ".join(unseen[:5])
-                log.warning(
-                    "data: %s holds no picture of %d classes, as %s: its figures say nothing of them",
-                    name,
-                    len(unseen),
-                    listed,
-                )
+                some = ", ".join(unseen[:5]) + (" ..." if len(unseen) > 5 else "")
+                log.warning("data: %s has no picture of %s: its figures say nothing of them", name, some)
 
     def _hold_out(self, splits: dict[str, Pictures]) -> None:
         train = splits["train"]
@@ -199,7 +194,7 @@ class ImageDataModule(LightningDataModule):
     def fingerprint(self, split: str) -> str:
         """Changes with the pictures and labels of a split, as far as file sizes and times tell."""
         pictures = self.splits[split]
-        digest = hashlib.sha256(pictures.labels.numpy().tobytes())
+        digest = hashlib.sha256(b"%d" % RULES + pictures.labels.numpy().tobytes())
         source, rows = flattened(pictures)
         digest.update(rows.numpy().tobytes())
         digest.update(source.fingerprint().encode())
@@ -225,7 +220,7 @@ class ImageDataModule(LightningDataModule):
         splits = {name: part for name, part in self.splits.items() if name != "predict"}
         few = sum(len(part.labels) for part in splits.values()) < 2_000
         workers = (0 if few else min(8, _cores())) if self.num_workers is None else self.num_workers
-        return inspect_pictures(splits, self.class_names, workers) | {"left_out": self.left_out}
+        return inspect_pictures(splits, self.class_names, workers) | {"left_out": self.omitted}
 
     def _loader(
         self, split: str, *, train: bool = False, shuffle: bool = False, world: int | None = None, rank: int = 0

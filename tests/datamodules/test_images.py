@@ -375,13 +375,13 @@ def test_all_that_can_be_read_is_read_and_what_is_left_out_is_said(
     assert data.class_counts == [8, 4]
     for words in (
         f"5 files of {root}/train have no picture's ending: 2 .txt, 1 ",
-        f"1 pictures of {root}/train lie in no class folder, first loose.jpg",
-        f"2 pictures of {root} lie beside its splits, in beside.jpg, extra/",
+        f"1 picture of {root}/train lies in no class folder, first loose.jpg",
+        f"beside the splits of {root} lie beside.jpg, extra/, with pictures: 2",
     ):
-        assert any(words in sentence for sentence in data.left_out), data.left_out
+        assert any(words in sentence for sentence in data.omitted), data.omitted
         assert f"data: left out: {words}" in caplog.text
-    assert data.inspect()["left_out"] == data.left_out
-    assert not ImageFolder(write_folder(tmp_path / "g"), image_size=32).left_out
+    assert data.inspect()["left_out"] == data.omitted
+    assert not ImageFolder(write_folder(tmp_path / "g"), image_size=32).omitted
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -392,7 +392,7 @@ def test_a_split_of_no_use_is_refused(tmp_path: Path, split: str, kind: str) -> 
     if kind == "loose":
         for number in range(3):
             picture(number).save(root / split / f"{number}.jpg")
-    words = "3 lie in no class folder" if kind == "loose" else "it is empty"
+    words = "all 3 lie in no class folder" if kind == "loose" else "it is empty"
     with pytest.raises(
         ValueError, match=rf"no picture for {split} in .*{split}: {words}.*one folder per class.*predict_root"
     ):
@@ -436,7 +436,7 @@ def test_classes_that_a_split_lacks_are_named(tmp_path: Path, caplog: pytest.Log
         file.unlink()
     with caplog.at_level(logging.WARNING):
         ImageFolder(root, image_size=32).setup()
-    assert "data: val holds no picture of 1 classes, as class_1" in caplog.text and "test holds no" not in caplog.text
+    assert "data: val has no picture of class_1: its figures" in caplog.text and "test has no" not in caplog.text
 
 
 # ---- what cannot be read is left out, by one rule on both ways
