@@ -39,6 +39,8 @@ class ImageFolder(ImageDataModule):
     Splits: what chooses the checkpoint must not be what is reported. So with `train` and one of `val` and
     `test`, that one is the test and `val_share` of `train` is held out for validation; without any split,
     `test_share` and `val_share` are cut from every class. A log line says what was done.
+    Files: all whose ending Pillow knows, but for drawings that other programs would be run for. What is left out is
+    counted in the log, by `recipes doctor` and in `omitted`.
     Licence and source: your own.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from datamodules import ImageFolder, file_index
-from datamodules.file_index import MappedPaths, list_files
+from datamodules.file_index import MappedPaths, list_files, list_tree
 from datamodules.pictures import PictureFiles
 from tests.conftest import write_folder
 
@@ -115,6 +116,21 @@ def test_a_worker_does_not_read_another_note_than_its_run(tree: Path) -> None:
     list_files(tree, SUFFIXES)
     with pytest.raises(RuntimeError, match="was written anew while a run was reading it"):
         pickle.loads(found)
+
+
+def test_files_of_other_endings_are_counted_in_the_note_too(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/notes.txt", "a/deep/more.TXT", "README", os.fsdecode(b"odd.caf\xe9")):
+        (tree / name).touch()
+    listed, others = list_tree(tree, SUFFIXES)
+    paths = list(listed)
+    found = Counter(path.suffix.lower() for path in tree.rglob("*") if path.is_file() and path.name[0] != ".")
+    assert others == {ending: count for ending, count in found.items() if ending not in SUFFIXES}
+    assert others[""] and others[os.fsdecode(b".caf\xe9")] == 1
+    monkeypatch.setattr(file_index, "MANY", 1)
+    for _ in range(2):
+        again = list_tree(tree, SUFFIXES)
+        assert isinstance(again[0], MappedPaths)
+        assert (list(again[0]), again[1]) == (paths, others)
 
 
 def test_few_files_leave_no_note(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,18 @@ def test_a_missing_sample_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "a.f32").exists()
 
 
+def test_what_stands_for_a_sample_is_none(tmp_path: Path) -> None:
+    """A black picture without a label, and one that comes in place of another."""
+    images = torch.rand(4, 3, 2, 2)
+    black = {"image": images[2:], "index": torch.tensor([2, 3]), "label": torch.tensor([0, -100])}
+    again = {"image": images[:2], "index": torch.tensor([0, 0]), "label": torch.tensor([0, 0])}
+    for odd, count in ((black, 3), (again, 3)):
+        rest = [{"image": images[i : i + 1], "index": torch.tensor([i]), "label": torch.tensor([1])} for i in range(4)]
+        rest = [batch for batch in rest if batch["index"] not in ((0, 1) if odd is again else (2, 3))]
+        with pytest.raises(ValueError, match=f"{count} of 4 samples came in view 0"):
+            extract(lambda x: x.flatten(1), [[odd, *rest]], 4, tmp_path / "a.f32")
+
+
 def test_the_fingerprint_changes_with_weights_buffers_and_facts() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     first = fingerprint(net, "train", 32)
