@@ -647,6 +647,7 @@ def build_backbone(
         return _timm_backbone(name, image_size, facts)
 
     net = family.build(name, image_size, aux)
+    _check_multiple(name, image_size, _patch_of(net, image_size, facts))
     width = family.width or _inputs(net.get_submodule(next(iter(family.strip))))
     for module, replacement in family.strip.items():
         setattr(net, module, replacement(net.get_submodule(module)))
@@ -695,6 +696,18 @@ def _check_multiple(name: str, image_size: int, patch: int) -> None:
             f"backbone {name!r} needs an image_size that is a multiple of {patch}; received "
             f"{image_size}, between {below} and {below + patch}"
         )
+
+
+def _patch_of(net: nn.Module, image_size: int, facts: BackboneFacts) -> int:
+    """Side in pixels of the patches that a net cuts a picture into, where it leaves out what makes none; else 1.
+
+    At the size that it was trained at, a border is unseen in training, too.
+    """
+    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    padded = any(getattr(module, "dynamic_img_pad", False) for module in net.modules())
+    if first is None or padded or image_size == facts.input_size or first.padding not in ((0, 0), "valid"):
+        return 1
+    return int(first.stride[0]) if first.stride == first.kernel_size else 1
 
 
 def _inputs(classifier: nn.Module) -> int:
@@ -757,8 +770,7 @@ def _timm_backbone(name: str, image_size: int, facts: BackboneFacts) -> Backbone
             f"backbone {name!r} cannot be built for images of {image_size} px, only for its own "
             f"{facts.input_size} px; timm says: {error}"
         ) from error
-    if image_size != facts.input_size:  # at its own the net was trained, with a border unseen or not
-        _check_multiple(name, image_size, _timm_patch(net))
+    _check_multiple(name, image_size, _patch_of(net, image_size, facts))
     classifier = _timm_config(name).classifier or ()
     return Backbone(
         net,
@@ -769,14 +781,6 @@ def _timm_backbone(name: str, image_size: int, facts: BackboneFacts) -> Backbone
         blocks=_timm_blocks(net),
         head=(classifier,) if isinstance(classifier, str) else tuple(classifier),
     )
-
-
-def _timm_patch(net: nn.Module) -> int:
-    """Side in pixels of the patches that a net cuts a picture into, where it would leave out what makes none."""
-    from timm.layers import PatchEmbed
-
-    patches = (module for module in net.modules() if isinstance(module, PatchEmbed))
-    return next((int(each.patch_size[0]) for each in patches if not each.dynamic_img_pad), 1)
 
 
 def _timm_blocks(net: Any) -> Blocks:

@@ -391,13 +391,21 @@ def test_missing_timm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, patch, size", [("test_vit", 16, 100), ("mixer_s16_224", 16, 100), ("eva02_tiny_patch14_224", 14, 96)]
+    "name, patch, size",
+    [
+        ("timm/test_vit", 16, 100),
+        ("timm/mixer_s16_224", 16, 100),
+        ("timm/eva02_tiny_patch14_224", 14, 96),
+        ("timm/test_convnext", 4, 98),
+        ("convnext_tiny", 4, 127),
+        ("swin_t", 4, 98),
+    ],
 )
 def test_a_size_whose_border_no_patch_would_see_is_refused(name: str, patch: int, size: int) -> None:
-    pytest.importorskip("timm")
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
     below = size // patch * patch
     words = f"multiple of {patch}; received {size}, between {below} and {below + patch}"
     with torch.device("meta"), pytest.raises(ValueError, match=words):
-        build_backbone(f"timm/{name}", image_size=size)
-    assert build_backbone("timm/test_vit", image_size=96).input_size == 96
-    assert build_backbone("timm/test_resnet", image_size=100).input_size == 100, "which sees all of any size"
+        build_backbone(name, image_size=size)
+    assert build_backbone("resnet18", image_size=98).input_size == 98, "which sees all of any size"
