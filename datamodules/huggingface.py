@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from .images import ImageDataModule
-from .pictures import Pictures, decode, label_names, label_numbers
+from .labels import check_each, label_numbers, learn_classes, positions
+from .pictures import Pictures, decode
 
 
 class HuggingFaceImages(ImageDataModule):
@@ -65,7 +66,7 @@ class HuggingFaceImages(ImageDataModule):
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The ClassLabel's names; else the sorted values of the training split."""
-        return self._names("train") or label_names(self._values("train"), self._where("train"))
+        return self._names("train") or learn_classes(self._values("train"))
 
     def prepare_data(self) -> None:
         """Download and convert once, on one process of a machine."""
@@ -83,6 +84,7 @@ class HuggingFaceImages(ImageDataModule):
     def _values(self, split: str) -> list[Any]:
         """The label column at once: row by row is far slower."""
         values: list[Any] = self.tables[split].data[self.label_column].to_pylist()
+        check_each(values, self._where(split))
         return values
 
     def _where(self, split: str) -> Callable[[int], str]:
@@ -90,14 +92,10 @@ class HuggingFaceImages(ImageDataModule):
 
     def _pictures(self, split: str, table: Any) -> Pictures:
         values, names, where = self._values(split), self._names(split), self._where(split)
-        if names is not None:  # a ClassLabel's number is a position, also among names that are digits
-            wrong = next((row for row, v in enumerate(values) if v is not None and not 0 <= v < len(names)), None)
-            if wrong is not None:
-                raise ValueError(
-                    f"label {values[wrong]} in {where(wrong)} is out of range: there are {len(names)} classes"
-                )
-            values = [None if value is None else names[value] for value in values]
-        labels = label_numbers(values, self.class_names, where)
+        if names is None:
+            labels = label_numbers(values, self.class_names, where)
+        else:
+            labels = positions(values, names, self.class_names, where)
         return TablePictures(table, self.image_column, labels, f"{self.source['path']}/{split}")
 
 

@@ -11,8 +11,8 @@ import torch
 
 from .huggingface import load_splits
 from .labels import (
+    check_each,
     label_numbers,
-    label_problem,
     learn_classes,
     positions,
     several_labels,
@@ -79,8 +79,8 @@ class HuggingFaceTexts(TextDataModule):
             return []
         if self.problem_type == "regression":
             return [self.label_column]
-        if self.names_of_feature is not None:
-            return list(self.names_of_feature)
+        if (names := self.names_of("train")) is not None:
+            return names
         values = self.labels_of("train")
         if self.problem_type == "single_label_classification":
             return learn_classes(values)
@@ -89,12 +89,11 @@ class HuggingFaceTexts(TextDataModule):
             [str(label) for label in range(width)] if width else learn_classes(one for some in values for one in some)
         )
 
-    @cached_property
-    def names_of_feature(self) -> list[str] | None:
+    def names_of(self, split: str) -> list[str] | None:
         """Names of the label column's ClassLabel, or of the one that its lists hold, if it is one."""
-        feature = self.tables["train"].features[self.label_column]
-        names: list[str] | None = getattr(getattr(feature, "feature", feature), "names", None)
-        return names
+        feature = self.tables[split].features[self.label_column]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return None if names is None else list(names)
 
     def place(self, split: str) -> Callable[[int], str]:
         """Names a row of a split."""
@@ -103,15 +102,17 @@ class HuggingFaceTexts(TextDataModule):
     def labels_of(self, split: str) -> list[Any]:
         """A split's labels as they are stored; one that is missing, or of another kind, is an error."""
         values: list[Any] = self.tables[split].data[self.label_column].to_pylist()
+        where = self.place(split)
+        if self.problem_type == "single_label_classification":
+            check_each(values, where)
+            return values
         for row, value in enumerate(values):
             if self.problem_type == "regression":
                 problem = "" if value is not None and math.isfinite(float(value)) else f"the score is {value}"
-            elif self.problem_type == "single_label_classification":
-                problem = label_problem(value)
             else:
                 values[row], problem = several_labels(value, ",")
             if problem:
-                raise ValueError(f"{self.place(split)(row)}: {problem}")
+                raise ValueError(f"{where(row)}: {problem}")
         return values
 
     def read_splits(self) -> dict[str, Texts]:
@@ -127,20 +128,23 @@ class HuggingFaceTexts(TextDataModule):
             empty = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(table.data[column]), "").fill_null(True)
             if (first := empty.index(True).as_py()) >= 0:
                 raise ValueError(f"{where(first)}: the text is empty")
-        names = dict(zip(self.text_columns, ("text", "pair"), strict=False))
-        texts = table.select_columns(self.text_columns).rename_columns(names)
+        renamed = dict(zip(self.text_columns, ("text", "pair"), strict=False))
+        texts = table.select_columns(self.text_columns).rename_columns(renamed)
         if self.label_column is None:
             return Texts(texts, torch.full((len(texts),), IGNORED))
         values = self.labels_of(split)
         if self.problem_type == "regression":
             return Texts(texts, torch.tensor([float(value) for value in values]))
-        read = label_numbers if self.names_of_feature is None else positions
+        known, names = self.class_names, self.names_of(split)
         if self.problem_type == "single_label_classification":
-            return Texts(texts, read(values, self.class_names, where))
-        if self.names_of_feature is None:
+            if names is None:
+                return Texts(texts, label_numbers(values, known, where))
+            return Texts(texts, positions(values, names, known, where))
+        if names is None:
             indicators = width_of_indicators(self.labels_of("train")) is not None
-            return Texts(texts, several_numbers(values, self.class_names, where, indicators=indicators))
-        hot = torch.zeros(len(values), len(self.class_names))
+            return Texts(texts, several_numbers(values, known, where, indicators=indicators))
+        hot = torch.zeros(len(values), len(known))
         rows = [row for row, some in enumerate(values) for _ in some]
-        hot[rows, positions([one for some in values for one in some], self.class_names, lambda at: where(rows[at]))] = 1
+        flat = [label for some in values for label in some]
+        hot[rows, positions(flat, names, known, lambda at: where(rows[at]))] = 1
         return Texts(texts, hot)

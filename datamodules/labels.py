@@ -36,8 +36,21 @@ def label_problem(value: Any) -> str:
     return f"there is no label, it says {spelling(value)!r}" if spelling(value) in MISSING else ""
 
 
+def check_each(values: Sequence[Any], where: Callable[[int], str]) -> None:
+    """Refuse a value that cannot be one label.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    for row, value in enumerate(values):
+        if value.__class__ is not int and (problem := label_problem(value)):
+            raise ValueError(f"{where(row)}: {problem}")
+
+
 def spelling(value: Any) -> str:
     """A label as a file of text has it."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace").strip()
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
@@ -70,8 +83,8 @@ def learn_classes(labels: Iterable[Any]) -> list[str]:
 
 
 def rank(name: str) -> tuple[bool, Decimal, str]:
-    """Sorts numbers as numbers, before words."""
-    number = NUMBER.fullmatch(name)
+    """Sorts numbers as numbers, those that begin with zeros among them, before words."""
+    number = re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name)
     return not number, Decimal(name) if number else Decimal(0), name
 
 
@@ -110,21 +123,32 @@ def label_numbers(
     return numbers
 
 
-def positions(labels: Sequence[Any], class_names: Sequence[str], where: Callable[[int], str]) -> Tensor:
-    """Class number of each integer of a ClassLabel, `(n,)`: itself, whatever the names look like.
+def positions(
+    labels: Sequence[Any], names: Sequence[str], class_names: Sequence[str], where: Callable[[int], str]
+) -> Tensor:
+    """Class number of each integer of a ClassLabel, `(n,)`: a position in its names, whatever these look like.
+
+    Args:
+        labels: As the column stores them.
+        names: Of this column's ClassLabel; another split's may stand in another order.
+        class_names: In the order of the classes.
+        where: Names the place of a label, for an error.
 
     Raises:
-        ValueError: One is missing, or out of range; says where.
+        ValueError: One is missing, or out of range, or its name is not among the classes; says where.
     """
-    for row, label in enumerate(labels):
-        if label is None:
-            raise ValueError(f"{where(row)}: there is no label")
-        if not 0 <= label < len(class_names):
-            most = len(class_names) - 1
-            raise ValueError(
-                f"{where(row)}: label '{label}' is not among the classes, 0 to {most}: {some(class_names)}"
-            )
-    return torch.tensor(labels, dtype=torch.long)
+    number = {name: label for label, name in enumerate(class_names)}
+    classes = [number.get(name, -1) for name in names]
+    found = {}
+    for label in dict.fromkeys(labels):
+        found[label] = classes[label] if label is not None and 0 <= label < len(names) else -1
+        if found[label] < 0:
+            row = where(labels.index(label))
+            if label is None:
+                raise ValueError(f"{row}: there is no label")
+            name = f" {names[label]!r}" if 0 <= label < len(names) else ""
+            raise ValueError(f"{row}: label '{label}'{name} is not among the classes {some(class_names)}")
+    return torch.tensor([found[label] for label in labels], dtype=torch.long)
 
 
 def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:

@@ -26,7 +26,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from .batches import Batch, Decoding
 from .images import ImageDataModule
-from .pictures import Pictures, Subset, decode, flattened, label_names, label_numbers
+from .labels import check_each, label_numbers, learn_classes, positions
+from .pictures import Pictures, Subset, decode, flattened
 from .sampling import BlockSampler, EpochSampler, hash_seed
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class ParquetImages(ImageDataModule):
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The names in the metadata of the first file; else the sorted values of all training files."""
         shards = self.shards["train"]
-        return shards[0].names or label_names(labels_of(shards), RowNamer(shards))
+        return shards[0].names or learn_classes(labels_of(shards))
 
     def read_splits(self) -> dict[str, Pictures]:
         """Labels, and where each picture lies."""
@@ -308,15 +309,15 @@ def read_shard(path: str, image_column: str, label_column: str) -> Shard:
     rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
     sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
     labels = file.read([label_column], use_threads=False)[label_column].to_pylist()
-    if None in labels:
-        raise ValueError(f"no label in row {labels.index(None)} of {path}")
+
+    def where(row: int) -> str:
+        return f"row {row} of {path}"
+
+    check_each(labels, where)
     known = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     names = known.get("info", {}).get("features", {}).get(label_column, {}).get("names")
     if names is not None:
-        wrong = next((row for row, label in enumerate(labels) if not 0 <= label < len(names)), None)
-        if wrong is not None:
-            raise ValueError(f"label {labels[wrong]} in row {wrong} of {path} is out of range: there are {len(names)}")
-        labels = [names[label] for label in labels]
+        labels = [names[label] for label in positions(labels, names, names, where).tolist()]
     digest = hashlib.sha256(json.dumps([rows, sizes, labels], default=str).encode()).hexdigest()
     return Shard(path, rows, labels, names, digest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,62 +145,6 @@ def decode(file: Any, name: str) -> Image.Image:
         raise ValueError(
             f"cannot read the picture {name}: {reason}. Repair or remove it, or set data.on_error to skip."
         ) from error
-
-
-def label_name(value: Any, where: Callable[[int], str], row: int) -> str:
-    """The class that a cell names: 3, 3.0 and "3" are one, "03" is another.
-
-    Args:
-        value: A name or a number.
-        where: What to call the cell of a row in an error.
-        row: The cell's.
-
-    Raises:
-        ValueError: There is no label, or it is no name and no number.
-    """
-    if isinstance(value, (list, tuple, dict, set)):
-        raise ValueError(f"the label {value!r} in {where(row)} is no name and no number: a picture has one class here")
-    if value is None or value != value:
-        raise ValueError(f"no label in {where(row)}: fill it in, or leave the row out")
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def label_names(values: Iterable[Any], where: Callable[[int], str]) -> list[str]:
-    """The classes that training's cells name, in order: numbers by their value, names as words sort."""
-    found = {label_name(value, where, row): value for row, value in enumerate(values)}
-    if all(isinstance(value, (int, float)) for value in found.values()):
-        return sorted(found, key=found.__getitem__)
-    return sorted(found)
-
-
-def label_numbers(values: Sequence[Any], class_names: Sequence[str], where: Callable[[int], str]) -> Tensor:
-    """The class of each cell by what it names, int64 `(n,)`; a whole number is a name, too, and never a position.
-
-    Args:
-        values: Names or numbers, `(n,)`.
-        class_names: In the order of the labels.
-        where: What to call the cell of a row in an error.
-
-    Raises:
-        ValueError: A cell has no label, or one that is none of the classes; says which row.
-    """
-    number = {name: label for label, name in enumerate(class_names)}
-    known: dict[Any, int] = {}
-    found = []
-    for row, value in enumerate(values):
-        try:
-            found.append(known[type(value), value])
-        except (KeyError, TypeError):  # it comes for the first time, or is a list
-            name = label_name(value, where, row)
-            if name not in number:
-                some = ", ".join(class_names[:5]) + (" ..." if len(class_names) > 5 else "")
-                raise ValueError(
-                    f"label {value!r} in {where(row)} is not in the training split, whose classes are {some}"
-                ) from None
-            found.append(known.setdefault((type(value), value), number[name]))
-    return torch.tensor(found, dtype=torch.long)
 
 
 def check_labels(pictures: Pictures, class_names: list[str]) -> None:

@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 from datamodules import HuggingFaceTexts, TextFiles
-from datamodules.labels import label_name, learn_classes, several_labels, width_of_indicators
+from datamodules.labels import label_name, learn_classes, positions, several_labels, width_of_indicators
 
 
 def csv(name: str, labels: list[Any], column: str = "label") -> str:
@@ -216,3 +216,23 @@ def test_a_truth_value_for_each_class() -> None:
         val = jsonl("val.jsonl", [[0, 1, 1], [0, 1]])
         TextFiles("a.jsonl", val_file=val, problem_type="multi_label_classification").read_splits()
     assert width_of_indicators([["1"], ["0"]]) is None and width_of_indicators([[1, 0], [2]]) is None
+
+
+def test_a_class_label_of_another_split_may_be_in_another_order() -> None:
+    where = "row {}".format
+    assert positions([0, 1, 1], ["b", "a"], ["a", "b"], where).tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="row 1: label '1' 'c' is not among the classes a, b"):
+        positions([0, 1], ["b", "c"], ["a", "b"], where)
+    with pytest.raises(ValueError, match="row 0: label '2' is not among the classes"):
+        positions([2], ["a", "b"], ["a", "b"], where)
+
+
+def test_a_split_with_a_class_label_of_its_own_order_is_read_by_it() -> None:
+    def table(names: list[str], labels: list[int]) -> Any:
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        rows = {"text": [f"t{row}" for row in range(len(labels))], "label": labels}
+        return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+
+    data = HuggingFaceTexts("parquet", val_split="val")
+    data.tables = {"train": table(["a", "b"], [0, 1]), "val": table(["b", "a"], [0, 0, 1])}
+    assert classes_of(data) == ["a", "b"] and classes_of(data, "val") == ["b", "b", "a"]

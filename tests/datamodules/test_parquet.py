@@ -277,8 +277,8 @@ def test_what_cannot_be_is_told(shards: str, options: dict[str, Any], words: str
 def test_labels_that_cannot_be(tmp_path: Path, shards: str) -> None:
     table = pq.read_table(shards.replace("*", "0"))
     for label, words in (
-        (-1, "label -1 in row 3 of .*bad.parquet is out of range: there are 3"),
-        (None, "no label in row 3"),
+        (-1, "row 3 of .*bad.parquet: label '-1' is not among the classes class_0"),
+        (None, "row 3 of .*bad.parquet: there is no label"),
     ):
         labels = table["label"].to_pylist()
         labels[3] = label
