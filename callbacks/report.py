@@ -196,9 +196,10 @@ class Report(Callback):
             self._write(trainer, pl_module, "val", self._kept() or self._newest, explained=now)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write what there is of a fit that is stopped by hand."""
+        """Write what there is of a fit that is stopped by hand or by its cluster."""
         self._unhook()
-        stopped = isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit"
+        by_hand = isinstance(exception, KeyboardInterrupt) or type(exception).__name__ == "SIGTERMException"
+        stopped = by_hand and trainer.state.fn == "fit"
         if stopped and self.progress["validations"] and trainer.world_size == 1:
             self.on_train_end(trainer, pl_module)
 

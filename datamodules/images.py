@@ -187,6 +187,9 @@ class ImageDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """As test, over the pictures to be predicted: by default the test split's; from batch `predict_from` on."""
+        for name in ("test", "val"):
+            if self.splits.get(name) is self.splits["predict"]:
+                log.warning("nothing is named to predict, as data.predict_root would: these are the %s pictures", name)
         loader = self._loader("predict")
         loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
         return loader

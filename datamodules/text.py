@@ -209,7 +209,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read and tokenise, once on a machine; the other processes find the cache."""
-        wanted = NEEDED.get(str(self.trainer.state.fn)) if self.trainer and self.trainer.state.fn else None
+        doing = self.trainer.state.fn if self.trainer else None
+        wanted = NEEDED.get(doing.value) if doing else None
         for split, texts in self.read_splits().items():
             if wanted is None or split in wanted:
                 self.describe(split, texts, self.tokens(texts.table))
@@ -299,6 +300,9 @@ class TextDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """In the order of the file, so that predictions can be written as they come; from batch `predict_from` on."""
+        for name in ("test", "val"):
+            if self.splits.get(name) is self.splits["predict"]:
+                log.warning("nothing is named to predict, as data.predict_file would: these are the %s texts", name)
         loader = self._in_order("predict")
         loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
         return loader

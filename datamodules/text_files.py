@@ -125,7 +125,11 @@ class TextFiles(TextDataModule):
     def read_splits(self) -> dict[str, Texts]:
         """All files that are given; to predict with classes that are known, the texts to predict are enough."""
         splits = {}
+        doing = self.trainer.state.fn if self.trainer else None
+        enough = self.files["predict"] and self.given_names and doing and doing.value == "predict"
         for split, pattern in self.files.items():
+            if enough and split != "predict":
+                continue
             if pattern is None and (split != "train" or self.given_names):
                 continue
             try:

@@ -37,11 +37,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import __version__, names
-from .cli import quieten, speak
 from .loading import Restored, pixels, restore, samples_for
 from .parts import small_resnet
 from .parts.encoders import quietly
 from .parts.graphs import PictureGraph, TokenGraph
+from .screen import quieten, speak
 from .text import save_for_transformers
 from .usage import PICTURES, PIXELS, lines_for
 

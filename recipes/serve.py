@@ -18,7 +18,9 @@ import base64
 import io
 import json
 import os
+import re
 import signal
+import socket
 from collections.abc import AsyncIterable, Sequence
 from email.message import Message
 from pathlib import Path
@@ -30,6 +32,8 @@ try:
     import litserve
     from fastapi import Depends, HTTPException, Request
     from starlette.requests import ClientDisconnect
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
 except ImportError:
     if __name__ == "__main__":
         names.stop('recipes.serve needs more packages: pip install "finetuning-recipes[serve]"')
@@ -39,9 +43,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .cli import quieten
 from .loading import Restored, pixels, restore
 from .parts.graphs import PROBABILITIES
+from .screen import quieten
 
 MEGABYTE = 2**20
 MOST_PIXELS = 50_000_000  # of a picture: decoded they take 150 MB
@@ -111,7 +115,8 @@ def sample_of(body: bytes, content_type: str, recipe: str, pairs: bool = False) 
         raise RequestError(422, f"{expected}, with strings that are not empty")
     try:
         if recipe == "vision":
-            return base64.b64decode(values[0].rpartition(",")[2], validate=True)  # also of a data URL
+            encoded = "".join(values[0].rpartition(",")[2].split())  # also of a data URL, and in lines of 76
+            return base64.b64decode(encoded, validate=True)
         " ".join(values).encode()  # half a character, as \ud800, would fail the whole batch
     except ValueError as error:
         raise RequestError(
@@ -130,7 +135,7 @@ def file_of_form(body: bytes, content_type: str) -> bytes:
     header["Content-Type"] = content_type
     for part in (b"\r\n" + body).split(b"\r\n--" + str(header.get_boundary("")).encode()):
         head, blank, content = part.partition(b"\r\n\r\n")
-        if blank and b"filename=" in head.lower():
+        if blank and re.search(rb"filename\*?=", head.lower()):  # the starred one is of RFC 5987
             return content
     raise RequestError(422, "the form holds no file: expected one with a picture")
 
@@ -238,6 +243,32 @@ def answers(logits: Tensor, class_names: Sequence[str], problem_type: str) -> li
     ]
 
 
+def usage(restored: Restored, address: str) -> str:
+    """What a person reads who opens the server's first page."""
+    if restored.recipe == "vision":
+        asked = f"curl --data-binary @picture.jpg {address}/predict"
+    else:
+        body = json.dumps({"text": "...", "pair": "..."} if restored.pairs else {"text": "..."})
+        asked = f"curl -H 'Content-Type: application/json' -d '{body}' {address}/predict"
+    known = f"{len(restored.class_names)} classes: {', '.join(restored.class_names[:10])}"
+    learnt = "a score" if restored.problem_type == "regression" else known
+    return f"{restored.recipe}, {learnt}\n\n    {asked}\n\nGET /health says whether it is ready.\n"
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse a port that somebody listens on, before a model is loaded.
+
+    Raises:
+        ValueError: It is taken, or not ours to take.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port {port} of {host} cannot be had ({error.strerror}): give another --port") from error
+
+
 def end_all_on_sigterm() -> None:
     """End as after Ctrl+C: LitServe would leave its processes behind, one of them listening."""
     first = os.getpid()
@@ -265,13 +296,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_all_on_sigterm()
     quieten()
     try:
+        check_free(arguments.host, arguments.port)
         restored = restore(arguments.checkpoint)
         intake = Intake(restored, int(arguments.limit_mb * MEGABYTE))
         # LitServe passes the annotation on to FastAPI, which calls what it says and hands the result over
         Answers.decode_request.__annotations__["request"] = Annotated[Any, Depends(intake.read)]
         api = Answers(arguments.checkpoint, arguments.batch, arguments.wait_ms / 1000)
         server = litserve.LitServer(api, accelerator=arguments.accelerator, disable_openapi_url=True)
-        print(f"http://{arguments.host}:{arguments.port}/predict answers with {', '.join(restored.class_names[:10])}")
+        address = f"http://{arguments.host}:{arguments.port}"
+        first = PlainTextResponse(usage(restored, address))
+        server.app.router.routes.insert(0, Route("/", lambda request: first))  # before LitServe's own
+        print(f"{address}/predict answers with {', '.join(restored.class_names[:10])}")
         server.run(host=arguments.host, port=arguments.port, log_level="warning", generate_client_file=False)
     except (ValueError, OSError) as error:
         names.stop(str(error))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from .doctor import data_config, sentences
+from .doctor import FINDINGS, data_config, sentences
 from .runs import load_checkpoint
 from .screen import console, counted
 
@@ -160,7 +160,7 @@ def report_facts(cli: RecipeCLI) -> dict[str, Any]:
     return facts | ({"commands": commands} if commands else {}) | ({"doctor": found} if found else {})
 
 
-def doctors_word(cli: RecipeCLI, file: Path = Path("doctor.json")) -> list[str]:
+def doctors_word(cli: RecipeCLI, file: Path = FINDINGS) -> list[str]:
     """What `recipes doctor` said of the same data, where its file lies here."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

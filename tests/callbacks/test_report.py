@@ -144,13 +144,16 @@ def test_phases_and_curves_survive_a_resume(own_folder: Path) -> None:
     assert steps == list(range(48)), "a group that opens for a few steps is seen"
 
 
-def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path) -> None:
+@pytest.mark.parametrize("way", ["ctrl-c", "sigterm"])
+def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path, way: str) -> None:
     from lightning.pytorch import Callback
 
     class Stop(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 13:
-                raise KeyboardInterrupt
+                if way == "ctrl-c":
+                    raise KeyboardInterrupt
+                trainer._signal_connector.received_sigterm = True
 
     with pytest.raises(SystemExit):
         fit([Report("page"), Stop()])

@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from datasets import Features, Value
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer
 
 from datamodules import Docstrings, PackageDocstrings, TextFiles
@@ -174,6 +176,29 @@ def test_predictions_come_in_the_order_of_the_file(own_folder: Path, words: str)
     data.setup("predict")
     found = [index for batch in data.predict_dataloader() for index in batch["index"].tolist()]
     assert found == list(range(18))
+
+
+def test_to_predict_nothing_else_is_read(own_folder: Path, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    (own_folder / "raw.txt").write_text("good\nbad\n")
+    train = str(write_csv(own_folder / "train.csv", 20))
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.PREDICTING), world_size=1, global_rank=0)
+
+    def told(**options: Any) -> TextFiles:
+        data = TextFiles(train, tokenizer=words, **options)
+        data.trainer = trainer
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            data.prepare_data()
+            data.setup("predict")
+            next(iter(data.predict_dataloader()))
+        return data
+
+    assert list(told(predict_file="raw.txt", class_names=["bad", "good"]).splits) == ["predict"]
+    assert "train" not in caplog.text and "predict: 3 tokens" in caplog.text
+    told(predict_file="raw.txt")  # the classes' names are in the training file
+    assert "train:" not in caplog.text and "nothing is named" not in caplog.text
+    told()
+    assert "nothing is named to predict, as data.predict_file would: these are the val texts" in caplog.text
 
 
 def test_what_fills_up_a_rank_has_no_label(own_folder: Path, words: str) -> None:

@@ -33,7 +33,16 @@ from tests.tiny_encoders import sentence, tiny_encoder, tokenizer
 pytest.importorskip("litserve")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside LitServe's dependencies
 
-from recipes.serve import RequestError, answers, file_of_form, limited, main, picture_of, sample_of  # noqa: E402
+from recipes.serve import (  # noqa: E402
+    RequestError,
+    answers,
+    check_free,
+    file_of_form,
+    limited,
+    main,
+    picture_of,
+    sample_of,
+)
 
 CLASSES = ["a", "b", "c"]
 
@@ -340,3 +349,48 @@ def test_a_mistake_on_the_command_line_gets_a_sentence(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         main(["none.ckpt"])
     assert ended.value.code == 2 and "no checkpoint none.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", ["\n", "\r\n"])
+def test_base64_may_have_line_ends(lines: str) -> None:
+    content = encoded(1)
+    body = json.dumps({"image": lines.join(base64.encodebytes(content).decode().split("\n"))}).encode()
+    assert sample_of(body, "application/json", "vision") == content
+
+
+def test_a_form_may_name_its_file_by_the_newer_rule() -> None:
+    head = b"--xyz\r\nContent-Disposition: form-data; name=\"f\"; filename*=UTF-8''caf%C3%A9.jpg\r\n\r\n"
+    assert file_of_form(head + b"pixels\r\n--xyz--", "multipart/form-data; boundary=xyz") == b"pixels"
+
+
+def test_a_port_that_is_taken_is_a_sentence_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["not/there.ckpt", "--port", str(port)])
+    said = capsys.readouterr()
+    assert f"port {port} of 127.0.0.1 cannot be had (Address already in use): give another --port" in said.err
+    assert "answers with" not in said.out
+    check_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("pictures", "vision, 3 classes: a, b, c\n\n    curl --data-binary @picture.jpg {}/predict"),
+        (
+            "texts",
+            "text, 3 classes: a, b, c\n\n    curl -H 'Content-Type: application/json' -d '{{\"text\": \"...\"}}' {}/",
+        ),
+    ],
+)
+def test_the_first_page_says_how_to_ask(recipe: str, words: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(recipe)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    page = answer.read().decode()
+    connection.close()
+    assert answer.status == 200 and words.format(f"http://127.0.0.1:{server.port}") in page
