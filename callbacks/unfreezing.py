@@ -730,8 +730,10 @@ def steps_of_run(trainer: Trainer) -> float:
     """Optimiser steps of the whole run, those done and those left; infinite where nobody knows.
 
     Lightning's `estimated_stepping_batches` is -1 where the data has no length, and takes what is done before a resume
-    for what the same epochs would be now.
+    for what the same epochs would be now. With `fast_dev_run` it is long, for its steps are the first of a real run.
     """
+    if getattr(trainer, "fast_dev_run", False):
+        return 1e6
     epochs, steps = trainer.max_epochs, trainer.max_steps
     ends = [math.inf, step_at_epoch(trainer, math.inf if epochs in (None, -1) else epochs)]
     return min(ends if steps == -1 else [*ends, steps])

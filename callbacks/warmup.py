@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
+RISING = {"OneCycle", "OneCycleLR", "CyclicLR"}
 OWN_WARMUPS = ("warmup_steps", "num_warmup_steps", "warmup_t", "warmup_epochs", "warmup_iters")
 
 Shape: TypeAlias = Literal["linear", "cosine", "exponential"]
@@ -140,6 +141,21 @@ class LRWarmup(Callback):
         """Factor at optimiser step `step` on the rate of a group that opened at step `opened`."""
         return ramp(step - (opened if self.per_block else 0), length, self.shape)
 
+    def check_schedule(self, scheduler: Any) -> None:
+        """Refuse a schedule that warms up itself; say so where its rate rises by its nature.
+
+        Raises:
+            ValueError: The two would multiply.
+        """
+        kind = type(scheduler).__name__
+        if own := own_warmup(scheduler):
+            raise ValueError(
+                f"LRWarmup and the warm-up of {kind} itself ({own}) would multiply: switch off the schedule's own, or "
+                "leave LRWarmup out"
+            )
+        if kind in RISING:
+            _say(f"warm-up: multiplies the rise of {kind}, which begins low by itself")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit; go in front of whatever reads rates, behind what opens blocks."""
         if stage == "fit":
@@ -158,11 +174,7 @@ class LRWarmup(Callback):
             raise ValueError(f"LRWarmup serves one optimiser; this module has {len(trainer.optimizers)}")
         optimizer = trainer.optimizers[0]
         for config in trainer.lr_scheduler_configs:
-            if own := own_warmup(config.scheduler):
-                raise ValueError(
-                    f"LRWarmup and the warm-up of {type(config.scheduler).__name__} itself ({own}) would multiply: "
-                    "switch off the schedule's own, or leave LRWarmup out"
-                )
+            self.check_schedule(config.scheduler)
         total, per_epoch = steps_of_run(trainer), steps_per_epoch(trainer)
         self.length = self.planned_length(total, per_epoch, step_at_epoch(trainer, 0))
         self._later_length = self.length if self.epochs is None else round(self.epochs * per_epoch)
@@ -266,8 +278,10 @@ def steps_of_run(trainer: Trainer) -> float:
     """Optimiser steps of the whole run, those done and those left; infinite where nobody knows.
 
     Lightning's `estimated_stepping_batches` is -1 where the data has no length, and takes what is done before a resume
-    for what the same epochs would be now.
+    for what the same epochs would be now. With `fast_dev_run` it is long, for its steps are the first of a real run.
     """
+    if getattr(trainer, "fast_dev_run", False):
+        return 1e6
     epochs, steps = trainer.max_epochs, trainer.max_steps
     ends = [math.inf, step_at_epoch(trainer, math.inf if epochs in (None, -1) else epochs)]
     return min(ends if steps == -1 else [*ends, steps])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -103,7 +104,8 @@ class Classifier(LightningModule):
         from callbacks.warmup import steps_of_run  # not before the command line has seen whose callbacks these are
 
         total = steps_of_run(self.trainer)
-        if isinstance(schedule, Schedule) and schedule.total_steps != total:  # resumed with other batches or devices
+        if isinstance(schedule, Schedule) and math.isfinite(total) and schedule.total_steps != total:
+            # resumed with other batches or devices
             anew: Any = self.schedule(optimizer, int(total))
             anew.load_state_dict(schedule.state_dict())
             self.trainer.lr_scheduler_configs[0].scheduler = anew

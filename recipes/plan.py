@@ -61,6 +61,8 @@ def show_plan(cli: Any, samples: int | None) -> None:
     schedule = model.schedule(optimizer, total)
     if not isinstance(schedule, Schedule):
         raise ValueError(f"plan knows the schedules of recipes.parts.schedules only, not {type(schedule).__name__}")
+    if phases.warmup is not None:
+        phases.warmup.check_schedule(schedule)
     turns = {0: "start"}
     for name, step in [*schedule.turning_points().items(), *phases.turning_points().items()]:
         if 0 < step < total - 1:

@@ -303,7 +303,7 @@ def test_two_optimizers_by_hand(name: str) -> None:
         assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
 
 
-CUT = [{"overfit_batches": 2}, {"limit_train_batches": 0.5}, {"fast_dev_run": 8}]
+CUT = [{"overfit_batches": 2}, {"limit_train_batches": 0.5}, {"fast_dev_run": 8}, {"fast_dev_run": True}]
 
 
 @pytest.mark.parametrize("cut", CUT, ids=str)

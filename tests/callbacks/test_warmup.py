@@ -419,6 +419,15 @@ def test_a_schedule_that_warms_up_itself_is_refused(kind: str) -> None:
     fit([LRWarmup(steps=3)], Net(SGD, WARM[kind][1]), max_epochs=1)
 
 
+def test_a_rise_by_a_schedules_nature_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with caplog.at_level("INFO"):
+        LRWarmup(steps=3).check_schedule(
+            schedulers.OneCycleLR(torch.optim.SGD([parameter], lr=0.1), max_lr=0.1, total_steps=9)
+        )
+    assert "warm-up: multiplies the rise of OneCycleLR" in caplog.text
+
+
 def test_two_warmups_are_refused() -> None:
     with pytest.raises(ValueError, match="two LRWarmup would multiply"):
         fit([LRWarmup(steps=3), LRWarmup(epochs=1)])

@@ -102,6 +102,7 @@ def test_plan_shows_groups_rates_and_steps(capsys: pytest.CaptureFixture[str]) -
     [
         ("--data.batch_size=1000", "don't fill one batch"),
         ("--model.schedule.warmup_share=1.5", "warmup_share"),
+        ("--model.schedule.warmup_share=0.1", "LRWarmup and the warm-up of"),
         ("--model.lr_multipliers={heed: 2}", "heed"),
         ("--model.backbone=resnet5", "did you mean 'resnet50'?"),
     ],

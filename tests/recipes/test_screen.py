@@ -230,3 +230,11 @@ def test_a_checkpoint_is_not_read_whole_to_ask_its_name(own_folder: Path, monkey
     monkeypatch.setattr(torch, "load", lambda *a, **k: (asked.append(k["mmap"]), load(*a, **k))[1])
     load_checkpoint("new.ckpt")
     assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    "opens", [[], ["--trainer.callbacks+=GradualUnfreezing", "--trainer.callbacks.every_epochs=1"]]
+)
+def test_a_trial_of_one_step_is_the_beginning_of_a_run(opens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli = main([*QUICK, "--trainer.fast_dev_run=true", *opens])
+    assert cli.trainer.global_step == 1 and not Path("runs").exists()
