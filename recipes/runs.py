@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -159,7 +160,7 @@ def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, read without running any code in it.
+    """A checkpoint's content, read without running any code in it; to be looked at, not changed.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -167,6 +168,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
+    status = Path(path).stat()
+    return _opened(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # one command asks the same file for its config, its classes, its encoder
+def _opened(path: str, changed: int, size: int) -> dict[str, Any]:
     try:  # mapped: what is asked of it is mostly a name or a number, and its tensors stay on the disk
         mapped = zipfile.is_zipfile(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
