@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from .parts.weights import load_weights
 from .screen import console
 
 FINDINGS = Path("runs") / "doctor" / "doctor.json"  # below the folder where the command is typed, beside the runs
-SHOWN = 5  # of what may be many; all of it is in the JSON file
+SHOWN = 5  # of what may be many; all of it is in the files
+COLUMNS = ("name", "split", "partner", "partner_split", "kind", "similarity", "note")
 BLOCK = 512  # samples compared with all others at a time
 
 
@@ -29,7 +31,7 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path = FINDINGS) -> 
     Args:
         main: The recipe's `main`.
         args: Command line after the subcommand: `--config` and overrides.
-        file: Where the findings go, as JSON.
+        file: Where the findings go, as JSON; beside it, in a CSV file of the same name, a row for each of them.
 
     Returns:
         The exit status: 1 where a split leaks into another or something cannot be read, else 0.
@@ -49,13 +51,37 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path = FINDINGS) -> 
     text = json.dumps(found, indent=1, ensure_ascii=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+    table, rows = file.with_suffix(".csv"), findings(found)
+    with table.open("w", encoding="utf-8", errors="backslashreplace", newline="") as lines:
+        csv.writer(lines).writerows([COLUMNS, *rows])
     screen = console()
     show_counts(screen, found)
     for sentence in sentences(found):
         printable = sentence.encode("utf-8", "backslashreplace").decode()
         screen.print(escape(printable), highlight=False, soft_wrap=True)
-    screen.print(f"all of it: {file}", highlight=False)
+    screen.print(
+        f"all of it: {file}; a row for each of {len(rows):,} findings: {table}", highlight=False, soft_wrap=True
+    )
     return int(bool(found["leaks"] or found["unreadable"]))
+
+
+def findings(found: dict[str, Any]) -> list[list[Any]]:
+    """A row of `COLUMNS` for each sample that is not sound; copies beside what they are copies of."""
+    out: list[list[Any]] = [
+        [name, split, "", "", key, "", note]
+        for key in ("unreadable", "misnamed", "short", "encoding")
+        for split, name, note in found.get(key, [])
+    ]
+    for (split, name), *copies in found.get("exact", []):
+        out += [[copy, its, name, split, "exact", 1.0, ""] for its, copy in copies]
+    for ((split, name), (its, copy)), likeness in zip(
+        found.get("rescaled", []), found.get("similarity", []), strict=True
+    ):
+        out.append([copy, its, name, split, "rescaled", likeness, ""])
+    doubtful = [] if isinstance(found.get("suspects"), str) else found.get("suspects", [])
+    return out + [
+        [name, "train", "", "", "suspect", "", f"is {own}, rather {rather}"] for name, own, rather in doubtful
+    ]
 
 
 def data_config(cli: Any) -> Any:
@@ -78,7 +104,7 @@ def show_counts(screen: Console, found: dict[str, Any]) -> None:
 
 def sentences(found: dict[str, Any]) -> list[str]:
     """What is not sound, and what to do; and some facts."""
-    out = []
+    out, shorten = [], excerpt if found["kind"] == "texts" else str  # a path is whole, to be copied
     for key, words in (
         ("unreadable", "cannot be read; repair or remove them, or set data.on_error to skip"),
         ("misnamed", "have the ending of another format; other programs may not read them"),
@@ -88,12 +114,14 @@ def sentences(found: dict[str, Any]) -> list[str]:
         rows = found.get(key, [])
         if rows:
             out.append(f"{len(rows):,} {words}:")
-            out += [f"    {' · '.join(row)}" for row in rows[:SHOWN]]
+            out += [f"    {' · '.join(map(shorten, row))}" for row in rows[:SHOWN]]
     for key, words in (("exact", "are there twice or more"), ("rescaled", "again, in other size, quality or light")):
         groups = found.get(key, [])
         if groups:
             out.append(f"{len(groups):,} {words}:")
-            out += [f"    {' = '.join(' · '.join(place) for place in group[:3])}" for group in groups[:SHOWN]]
+            out += [
+                f"    {' = '.join(' · '.join(map(shorten, place)) for place in group[:3])}" for group in groups[:SHOWN]
+            ]
     out += [f"left out: {sentence}" for sentence in found.get("left_out", [])]
     for pair, count in found["leaks"].items():
         out.append(f"LEAK: {count:,} of these in both {' and '.join(pair.split(', '))}: its figure can't be trusted")
@@ -118,6 +146,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
     for split, lengths in found.get("lengths", {}).items():
         out.append(f"{split}: {spread(lengths)} tokens; {100 * found['cut'][split]:.1f} % cut off")
     return out
+
+
+def excerpt(text: str) -> str:
+    """What fits on a line."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def spread(marks: dict[str, int]) -> str:
