@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from datamodules import ImageFolder
 from datamodules.inspection import alike, inspect_texts
 from recipes.__main__ import main
-from recipes.doctor import label_suspects, sentences
+from recipes.doctor import label_suspects, neighbours_say, others_say, sentences
 from tests.conftest import picture
 from tests.tiny_encoders import tiny_encoder
 
@@ -207,11 +207,99 @@ def test_a_suspect_needs_neighbours_of_one_voice() -> None:
     centres = torch.eye(3).repeat_interleave(30, 0) * 5
     labels = torch.arange(3).repeat_interleave(30)
     features = centres + torch.randn(90, 3) * 0.2
-    assert label_suspects(features, labels) == []
+    assert label_suspects(neighbours_say(features, labels, 3), labels) == []
     wrong = labels.clone()
     wrong[[4, 50]] = torch.tensor([2, 0])
-    assert sorted(label_suspects(features, wrong)) == [(4, 0), (50, 1)]
-    assert label_suspects(torch.randn(90, 3), labels, agree=1.0) == []
+    assert sorted(label_suspects(neighbours_say(features, wrong, 3), wrong)) == [(4, 0), (50, 1)]
+    assert sorted(label_suspects(others_say(features.numpy(), wrong, 3), wrong)) == [(4, 0), (50, 1)]
+    noise = torch.randn(90, 3)
+    for told in (others_say(noise.numpy(), labels, 3), neighbours_say(noise, labels, 3)):
+        assert len(label_suspects(told, labels)) <= 2, "where nothing can be learnt, nothing is sure"
+
+
+def test_suspects_by_hand() -> None:
+    """Averages of the classes: 0.7, 0.82 and, of a class that nobody has, 0."""
+    probabilities = torch.tensor(
+        [
+            [0.95, 0.05, 0.0],
+            [0.95, 0.05, 0.0],
+            [0.2, 0.8, 0.0],  # as sure as usual that it is the other, and of its own less than a third of 0.7
+            [0.1, 0.9, 0.0],
+            [0.3, 0.7, 0.0],  # rather the first, and less sure than usual
+            [0.0, 1.0, 0.0],
+            [0.1, 0.9, 0.0],
+            [0.4, 0.6, 0.0],
+        ]
+    )
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    assert torch.allclose(probabilities[:3, 0].mean(), torch.tensor(0.7))
+    assert label_suspects(probabilities, labels, enough=1.0) == [], "0.8 is below 0.82"
+    assert label_suspects(probabilities, labels) == [(2, 1)], "and enough at all events"
+    probabilities[4] = torch.tensor([0.5, 0.5, 0.0])
+    assert label_suspects(probabilities, labels, enough=1.0) == [(2, 1)], "0.8 is above 0.78"
+    probabilities[0] = torch.tensor([0.05, 0.95, 0.0])
+    assert label_suspects(probabilities, labels) == [(0, 1)], "0.2 is half of its class's 0.4; the clearest only"
+    assert label_suspects(probabilities, labels, doubt=1.0) == [(0, 1), (2, 1)], "the clearest first"
+
+
+def test_nobody_is_asked_about_itself() -> None:
+    features = np.eye(20, dtype=np.float32)
+    labels = torch.arange(20) % 2
+    assert others_say(features, labels, 2).allclose(torch.full((20, 2), 0.5), atol=0.01)
+    assert neighbours_say(torch.eye(2), torch.tensor([0, 1]), 2).tolist() == [[0, 1], [1, 0]]
+    assert neighbours_say(torch.eye(1), torch.tensor([0]), 2).tolist() == [[0, 0]]
+
+
+def test_a_class_of_one_sample_is_nobodys() -> None:
+    features, labels = np.eye(11, 3, dtype=np.float32), torch.tensor([0] * 5 + [1] * 5 + [2])
+    told = others_say(features, labels, 4)
+    assert told[10, 2] == 0 and told[:, 3].sum() == 0
+    assert torch.allclose(told.sum(1), torch.ones(11))
+
+
+def reviews(wrong: set[int], number: int = 300) -> list[tuple[str, str]]:
+    """Sentences on food and on films, some under the other's name."""
+    words = {
+        "food": ["soup", "bread", "cheese", "pepper", "dinner", "tasty", "cook", "kitchen", "plate", "salt", "oven"],
+        "film": ["actor", "scene", "plot", "camera", "cinema", "screen", "director", "story", "drama", "role", "cut"],
+    }
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in range(number):
+        kind = ("food", "film")[row % 2]
+        text = " ".join(rng.choice(words[kind], 8)) + f" number {row}"
+        rows.append((text, kind if row not in wrong else {"food": "film", "film": "food"}[kind]))
+    return rows
+
+
+def write_texts(rows: list[tuple[str, str]], file: str = "train.csv") -> None:
+    Path(file).write_text("\n".join(["text,label", *map(",".join, rows)]) + "\n")
+
+
+def test_wrong_labels_of_texts_are_found(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {7, 90, 133, 200, 271, 18, 44}
+    write_texts(reviews(wrong))
+    write_texts([(f"new {text}", label) for text, label in reviews(set(), 20)], "val.csv")
+    options = ["--model.encoder=docstrings_bert", "--data.train_file=train.csv", "--data.val_file=val.csv"]
+    found = visit(*options, config="text/csv_minilm")
+    texts = reviews(set())
+    suspects = {name for name, _, _ in found["suspects"]}
+    assert suspects <= {texts[row][0] for row in wrong}
+    assert len(suspects) >= 5, "of 7"
+    assert all(rather == dict(texts)[name] != own for name, own, rather in found["suspects"])
+    screen = capsys.readouterr().out
+    assert f"{len(suspects)} labels are doubtful: samples like these are of another class:" in screen
+    assert " is film, rather food" in screen
+    with Path("runs/doctor/doctor.csv").open(newline="") as lines:
+        kinds = [row["kind"] for row in csv.DictReader(lines)]
+    assert kinds.count("suspect") == len(suspects), "all of them, not five"
+
+
+def test_texts_of_scores_have_no_suspects(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts([(text, str(row / 10)) for row, (text, _) in enumerate(reviews(set(), 30))])
+    options = ["--model.encoder=docstrings_bert", "--data.train_file=train.csv", "--data.problem_type=regression"]
+    visit(*options, config="text/csv_minilm")
+    assert "labels were not looked at: this takes texts of one class each" in capsys.readouterr().out
 
 
 def test_a_data_set_without_classes_has_no_counts() -> None:
