@@ -240,6 +240,7 @@ class LengthSampler(DistributedSampler[list[Draw]]):
         seed: Seed of the order.
         num_replicas: Number of ranks.
         rank: This rank.
+        balance: Classes, `(n,)`: while training, an epoch has as many samples of each class, see `balanced_rows`.
     """
 
     def __init__(
@@ -252,29 +253,68 @@ class LengthSampler(DistributedSampler[list[Draw]]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        balance: npt.ArrayLike | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths)
         super().__init__(range(len(self.lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.cuts = cuts(np.sort(self.lengths), batch_size, tokens, num_replicas)
+        self.balance = np.asarray(balance) if balance is not None and shuffle else None
+        longest = self.lengths if self.balance is None else self.lengths[balanced_rows(self.balance, self.lengths)[0]]
+        self.cuts = cuts(np.sort(longest), batch_size, tokens, num_replicas)
 
     def __len__(self) -> int:
         return len(self.cuts) - 1
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = np.arange(len(self.lengths))
-        steps = np.arange(len(self))[::-1]
+        rows = np.arange(len(self.lengths))
+        repeats, order, steps = np.zeros_like(rows), rows.copy(), np.arange(len(self))[::-1]
         if self.shuffle:
             generator = np.random.default_rng(hash_seed(self.seed, self.epoch))
+            if self.balance is not None:
+                rows, repeats = balanced_rows(self.balance, self.lengths, generator)
             generator.shuffle(order)
             steps = generator.permutation(len(self))
-        order = order[np.argsort(self.lengths[order], kind="stable")]
+        order = order[np.argsort(self.lengths[rows[order]], kind="stable")]
         for step in steps:
-            rows = order[self.cuts[step] : self.cuts[step + 1]]
-            each = -(-len(rows) // self.num_replicas)
+            some = order[self.cuts[step] : self.cuts[step + 1]]
+            each = -(-len(some) // self.num_replicas)
+            places = range(self.rank, each * self.num_replicas, self.num_replicas)
             yield [
-                Draw(self.epoch, int(rows[place % len(rows)]), place >= len(rows) and not self.shuffle)
-                for place in range(self.rank, each * self.num_replicas, self.num_replicas)
+                Draw(self.epoch, int(rows[one]), place >= len(some) and not self.shuffle, int(repeats[one]))
+                for place, one in ((place, some[place % len(some)]) for place in places)
             ]
+
+
+def balanced_rows(
+    labels: npt.NDArray[Any], lengths: npt.NDArray[Any], generator: np.random.Generator | None = None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """As many samples as there are, of every class as many, but for one; and of every length about as many each time.
+
+    As `balanced_order`, for batches by length: what is not the whole of a class is drawn one by one from stretches of
+    neighbours in length. So an epoch's k-th shortest sample is never longer than the k-th shortest of those that are
+    drawn without a generator, and all epochs fit into the same steps.
+
+    Args:
+        labels: Classes, `(n,)`.
+        lengths: Of each sample, `(n,)`.
+        generator: Decides; without one the longest of each stretch are taken.
+
+    Returns:
+        Rows, `(n,)`, class by class, and for each how often it came before.
+    """
+    rows, repeats = [], []
+    classes = np.unique(labels)
+    for number, label in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if generator is not None:
+            generator.shuffle(members)
+        members = members[np.argsort(lengths[members], kind="stable")]
+        share = len(labels) // len(classes) + (number < len(labels) % len(classes))
+        whole, rest = divmod(share, len(members))
+        ends = np.linspace(0, len(members), rest + 1).astype(np.int64)
+        chosen = ends[1:] - 1 if generator is None else generator.integers(ends[:-1], ends[1:])
+        rows += [np.tile(members, whole), members[chosen]]
+        repeats += [np.repeat(np.arange(whole), len(members)), np.full(rest, whole)]
+    return np.concatenate(rows), np.concatenate(repeats)
 
 
 def cuts(lengths: npt.NDArray[Any], batch_size: int, tokens: int | None, ranks: int) -> npt.NDArray[Any]:

@@ -94,6 +94,8 @@ class TextDataModule(LightningDataModule):
         fold: Hold out fold k of n for validation, as [k, n] with k from 0, in place of `val_share`: n runs validate on
             every training sample once, and another seed gives other folds. The rows are in each checkpoint.
         limit_per_class: At most so many training texts of each class, for few-text experiments.
+        balance: Draw as many texts of each class in every epoch, rare ones several times (see `balanced_rows`); an
+            alternative to class weights in the loss.
         seed: Decides the split and the order.
     """
 
@@ -112,18 +114,20 @@ class TextDataModule(LightningDataModule):
         val_share: float = 0.1,
         fold: tuple[int, int] | None = None,
         limit_per_class: int | None = None,
+        balance: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
-        if limit_per_class is not None and problem_type != "single_label_classification":
-            raise ValueError(f"data.limit_per_class needs one label per text, and data.problem_type is {problem_type}")
+        for name, wanted in (("limit_per_class", limit_per_class is not None), ("balance", balance)):
+            if wanted and problem_type != "single_label_classification":
+                raise ValueError(f"data.{name} needs one label per text, and data.problem_type is {problem_type}")
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.problem_type, self.val_share, self.fold = problem_type, val_share, fold
-        self.limit_per_class, self.seed = limit_per_class, seed
+        self.limit_per_class, self.balance, self.seed = limit_per_class, balance, seed
         self.splits: dict[str, Texts] = {}
         self.cut_rows: dict[str, list[int]] = {}
 
@@ -220,6 +224,8 @@ class TextDataModule(LightningDataModule):
         if self.splits:
             return
         splits = self.read_splits()
+        if self.balance and not self.class_names:
+            raise ValueError("data.balance draws as many texts of each class, and these have none: leave it out")
         if "train" in splits and "val" not in splits:
             train = splits["train"]
             single = self.problem_type == "single_label_classification"
@@ -362,6 +368,7 @@ class TextDataModule(LightningDataModule):
             seed=self.seed,
             num_replicas=world,
             rank=rank,
+            balance=self.splits[split].labels.numpy() if train and self.balance else None,
         )
 
     def _loader(self, split: str, *, train: bool = False) -> DataLoader[Batch]:

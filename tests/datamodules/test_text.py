@@ -17,7 +17,7 @@ from datasets import Features, Value
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer
 
-from datamodules import Docstrings, PackageDocstrings, TextFiles
+from datamodules import Docstrings, MaskedTexts, PackageDocstrings, TextFiles
 from datamodules.docstrings import below, docstrings_of, read_kinds
 from datamodules.text import cached_table, histogram
 from tests.tiny_encoders import tokenizer, write_csv
@@ -168,6 +168,35 @@ def test_few_texts_of_each_class(own_folder: Path, words: str) -> None:
     assert module(own_folder, words, limit_per_class=5).class_counts == [5, 5]
     with pytest.raises(ValueError, match="limit_per_class needs one label per text"):
         TextFiles(problem_type="regression", limit_per_class=5)
+
+
+@pytest.mark.parametrize("tokens", [None, 128])
+def test_as_many_texts_of_each_class(own_folder: Path, words: str, tokens: int | None) -> None:
+    lines = (write_csv(own_folder / "all.csv", 60)).read_text().splitlines()
+    few = [line for line in lines[1:] if line.endswith(lines[1].rsplit(",", 1)[1])][:6]
+    rest = [line for line in lines[1:] if not line.endswith(lines[1].rsplit(",", 1)[1])]
+    (own_folder / "uneven.csv").write_text("\n".join([lines[0], *few, *rest]) + "\n")
+    file = str(own_folder / "uneven.csv")
+    data = TextFiles(file, tokenizer=words, batch_size=8, max_length=32, tokens_per_batch=tokens, balance=True)
+    data.setup("fit")
+    before = data.class_counts
+    assert max(before) > 3 * min(before)
+    loader = data.train_dataloader()
+    drawn = torch.cat([batch["label"] for batch in loader]).bincount()
+    assert drawn.sum() == sum(before) and drawn.max() - drawn.min() <= 1
+    assert len(loader) == data.planned_steps(sum(before), 1)
+    evaluated = torch.cat([batch["index"] for batch in data.val_dataloader()])
+    assert sorted(evaluated.tolist()) == list(range(len(data.splits["val"])))
+
+
+def test_balance_takes_one_class_per_text(own_folder: Path, words: str) -> None:
+    with pytest.raises(ValueError, match=r"data.balance needs one label per text, and data.problem_type is regression"):
+        module(own_folder, words, balance=True, problem_type="regression")
+    with pytest.raises(ValueError, match=r"data.balance needs one label per text, .* multi_label_classification"):
+        module(own_folder, words, balance=True, problem_type="multi_label_classification")
+    masked = MaskedTexts(TextFiles(str(write_csv(own_folder / "t.csv", 20))), tokenizer=words, balance=True)
+    with pytest.raises(ValueError, match=r"data.balance draws as many texts of each class, and these have none"):
+        masked.setup("fit")
 
 
 def test_predictions_come_in_the_order_of_the_file(own_folder: Path, words: str) -> None:

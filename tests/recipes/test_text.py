@@ -181,13 +181,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(own_folder: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the checkpoints lie outside their run
-def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one(options: list[str]) -> None:
+@pytest.mark.parametrize("drawn", [[], ["--data.balance=true", "--data.tokens_per_batch=160"]], ids=["", "balanced"])
+def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one(options: list[str], drawn: list[str]) -> None:
     """With dropout and batches of like length, from the middle of an epoch and from its last step."""
+    options += drawn
     keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
     keep += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.dirpath=steps"]
     keep += ["--trainer.callbacks.filename={step}"]
     whole = main([*options, *keep])
-    assert whole.trainer.global_step == 60
+    assert whole.trainer.global_step == (6 * whole.datamodule.planned_steps(76, 1) if drawn else 60)
     for step in (4, 10, 23):
         resumed = main([*options, f"--ckpt_path=steps/step={step}.ckpt"])
         assert same(whole.model, resumed.model), step
