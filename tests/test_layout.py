@@ -26,6 +26,7 @@ MAY_IMPORT = {
 ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py ...
 ALSO = {  # ... but for these
     "loading.py": {"datamodules"},  # reads a picture to predict as one to train on is read
+    "doctor.py": {"datamodules"},  # labels of pictures, whose features a recipe knows, are judged as those of texts
     "classifier.py": {"callbacks"},  # counts a run's steps as the warm-up and the phases do
 }
 ONLY_THERE = {  # of the callbacks; imported where used
