@@ -53,17 +53,15 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path = FINDINGS) -> 
     text = json.dumps(found, indent=1, ensure_ascii=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
-    table, rows = file.with_suffix(".csv"), findings(found)
+    table = file.with_suffix(".csv")
     with table.open("w", encoding="utf-8", errors="backslashreplace", newline="") as lines:
-        csv.writer(lines).writerows([COLUMNS, *rows])
+        csv.writer(lines).writerows([COLUMNS, *findings(found)])
     screen = console()
     show_counts(screen, found)
     for sentence in sentences(found):
         printable = sentence.encode("utf-8", "backslashreplace").decode()
         screen.print(escape(printable), highlight=False, soft_wrap=True)
-    screen.print(
-        f"all of it: {file}; a row for each of {len(rows):,} findings: {table}", highlight=False, soft_wrap=True
-    )
+    screen.print(f"all of it: {file}; every finding in a row: {table}", highlight=False, soft_wrap=True)
     return int(bool(found["leaks"] or found["unreadable"]))
 
 

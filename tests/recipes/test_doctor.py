@@ -118,7 +118,7 @@ def test_what_was_planted_is_found(digits: Any, capsys: pytest.CaptureFixture[st
     assert likeness["exact"] == 1 and 0.9 < likeness["rescaled"] <= 1
     assert kinds["suspect"] == {name for name, _, _ in found["suspects"]}
     screen = capsys.readouterr().out
-    assert "doctor.csv" in screen and f"each of {len(rows)} findings" in screen
+    assert "every finding in a row: runs/doctor/doctor.csv" in screen
     assert "5 cannot be read; repair or remove them" in screen
     assert "3 have the ending of another format" in screen
     assert "is GIF, not .jpg" in screen
