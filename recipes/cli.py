@@ -41,8 +41,8 @@ from .parts import schedules
 from .parts.optim import MuonWithAdamW
 from .runs import (
     SaveRunConfig,
+    glance,
     keep_metrics,
-    load_checkpoint,
     run_of_checkpoint,
     with_config_of_checkpoint,
     with_files_to_predict,
@@ -196,7 +196,7 @@ class RecipeCLI(LightningCLI):
             )
         if path in ("best", "last", "hpc"):
             names.stop(f"--ckpt_path {path}: give the file's path, runs/.../checkpoints/{path}.ckpt")
-        checkpoint = load_checkpoint(path)
+        checkpoint = glance(path)
         if subcommand == "fit":
             stop_if_finished(checkpoint, path, config.trainer)
         saved = checkpoint.get("hyper_parameters", {})

@@ -68,7 +68,7 @@ def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
         path = word.removeprefix("--ckpt_path=") if "=" in word else args[position + 1 : position + 2]
         if word.split("=")[0] == "--ckpt_path" and path:
             file = path if isinstance(path, str) else path[0]
-            whose = load_checkpoint(file).get("recipe", {}).get("name") if Path(file).is_file() else None
+            whose = glance(file).get("recipe", {}).get("name") if Path(file).is_file() else None
             if whose not in (None, recipe):
                 raise ValueError(f"checkpoint {file} is of {whose}: recipes.{recipe} can't open it")
             run = run_of_checkpoint(file)
@@ -110,7 +110,7 @@ def options_of_checkpoint(path: str, recipe: str, chosen: str | None) -> list[st
     Raises:
         ValueError: It is another recipe's; or nothing says what to predict.
     """
-    content = load_checkpoint(path)
+    content = glance(path)
     data = data_of(content)
     whose = content.get("recipe", {}).get("name")
     if whose != recipe:
@@ -159,8 +159,12 @@ def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
     return folder
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, read without running any code in it; to be looked at, not changed.
+def load_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.
+
+    Args:
+        path: The file.
+        mapped: Whether tensors stay in the file, which must not be written to while they are used.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -168,14 +172,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
-    status = Path(path).stat()
-    return _opened(str(path), status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=1)  # one command asks the same file for its config, its classes, its encoder
-def _opened(path: str, changed: int, size: int) -> dict[str, Any]:
-    try:  # mapped: what is asked of it is mostly a name or a number, and its tensors stay on the disk
-        mapped = zipfile.is_zipfile(path)
+    try:
+        mapped = mapped and zipfile.is_zipfile(path)  # torch can't map what it wrote before 1.6
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = str(error).splitlines()[0]
@@ -183,6 +181,17 @@ def _opened(path: str, changed: int, size: int) -> dict[str, Any]:
             reason = "it is none, is damaged, or holds more than these"
         raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
     return content
+
+
+def glance(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content for who asks for names and numbers in it: opened once by a command, its tensors unread."""
+    status = Path(path).stat() if Path(path).is_file() else None
+    return _glanced(str(path), status and (status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _glanced(path: str, version: tuple[int, int] | None) -> dict[str, Any]:
+    return load_checkpoint(path, mapped=True)
 
 
 def with_weights_of(net: Any, checkpoint: str | Path) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from .doctor import FINDINGS, data_config, sentences
-from .runs import load_checkpoint
+from .runs import glance
 from .screen import console, counted
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def interruption_rows(cli: RecipeCLI) -> list[tuple[str, str]]:
         rows.append(("best", f"{best}: {short(trainer.checkpoint_callback.best_model_path)}"))
     last = cli.folder / "checkpoints" / "last.ckpt"
     if last.is_file():
-        kept = load_checkpoint(last)
+        kept = glance(last)
         lost = trainer.global_step - kept["global_step"]
         done = f"{counted(kept['epoch'] + 1, 'epoch')}, {counted(kept['global_step'], 'step')}"
         rows.append(

@@ -35,7 +35,7 @@ from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
-from .runs import data_of, encoder_of, load_checkpoint, with_weights_of
+from .runs import data_of, encoder_of, glance, with_weights_of
 
 log = logging.getLogger(__name__)
 
@@ -242,9 +242,9 @@ class TextCLI(RecipeCLI):
         unknown = config.data.init_args.get("class_names", "") is None
         self.names_learnt = bool(self.subcommand != "fit" and config.ckpt_path and unknown)
         if self.names_learnt:  # also those of another data module
-            config.data.init_args.class_names = data_of(load_checkpoint(config.ckpt_path)).get("class_names")
+            config.data.init_args.class_names = data_of(glance(config.ckpt_path)).get("class_names")
         if self.subcommand == "predict" and config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir():
-            config.model.encoder = str(encoder_of(load_checkpoint(config.ckpt_path)) or config.model.encoder)
+            config.model.encoder = str(encoder_of(glance(config.ckpt_path)) or config.model.encoder)
             log.info("encoder: %s", config.model.encoder)
 
     def instantiate_classes(self) -> None:

@@ -39,7 +39,7 @@ from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .parts.weights import load_weights
-from .runs import data_of, load_checkpoint
+from .runs import data_of, glance
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +271,7 @@ class VisionCLI(RecipeCLI):
         config = self.config[self.subcommand]
         unknown = config.data.init_args.get("predict_root") and config.data.init_args.get("class_names", "") is None
         if self.subcommand == "predict" and config.ckpt_path and unknown:
-            config.data.init_args.class_names = data_of(load_checkpoint(config.ckpt_path)).get("class_names")
+            config.data.init_args.class_names = data_of(glance(config.ckpt_path)).get("class_names")
         facts = backbone_facts(config.model.backbone)
         given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
         config.model.image_size = size = next(value for value in given if value is not None)

@@ -20,7 +20,7 @@ from recipes import names
 from recipes.cli import check_writable
 from recipes.mistakes import unwrapped
 from recipes.plan import Phases
-from recipes.runs import load_checkpoint
+from recipes.runs import glance, load_checkpoint
 from recipes.screen import Bar, EpochLines, console, counted, progress
 from recipes.summary import describe_data, describe_model, model_name
 from recipes.vision import main
@@ -219,17 +219,21 @@ def test_a_missing_extra_is_named() -> None:
     assert "Expected" not in words
 
 
-def test_a_checkpoint_is_not_read_whole_to_ask_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_opened_once_and_not_read_whole_to_ask_its_name(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = {"recipe": {"name": "vision"}, "state_dict": {"w": torch.arange(5)}}
     torch.save(content, "new.ckpt")
     torch.save(content, "old.ckpt", _use_new_zipfile_serialization=False)
-    for name in ("new.ckpt", "old.ckpt"):
-        assert load_checkpoint(name)["state_dict"]["w"].tolist() == list(range(5))
     asked: list[bool] = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (asked.append(k["mmap"]), load(*a, **k))[1])
-    load_checkpoint("new.ckpt")
-    assert asked == [True]
+    for name in ("new.ckpt", "new.ckpt", "old.ckpt"):
+        assert glance(name)["state_dict"]["w"].tolist() == list(range(5))
+    assert asked == [True, False]
+    assert load_checkpoint("new.ckpt")["state_dict"]["w"].tolist() == list(range(5)) and asked[-1] is False
+    torch.save({**content, "recipe": {"name": "text"}}, "new.ckpt")
+    assert glance("new.ckpt")["recipe"]["name"] == "text", "another file of that name"
 
 
 @pytest.mark.parametrize(
