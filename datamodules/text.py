@@ -283,7 +283,8 @@ class TextDataModule(LightningDataModule):
     def describe(self, split: str, texts: Texts, tokens: Tokens) -> None:
         """Say how long the texts are, and what was cut off or left out."""
         rows = slice(None) if texts.rows is None else texts.rows.numpy()
-        cut, skipped = tokens.truncated[rows].mean(), f"; {texts.skipped} rows skipped" if texts.skipped else ""
+        cut = tokens.truncated[rows].mean()
+        skipped = f"; {texts.skipped:,} row{'s' * (texts.skipped > 1)} skipped" if texts.skipped else ""
         log.info(
             "%s: %s; %.1f %% cut at %d tokens%s",
             *(split, histogram(tokens.lengths[rows]), 100 * cut, self.max_length, skipped),

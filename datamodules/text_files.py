@@ -146,7 +146,7 @@ class TextFiles(TextDataModule):
         problems = table.data["problem"].to_pylist()
         bad = [row for row, problem in enumerate(problems) if problem]
         if bad and not (self.on_error == "skip" or (self.on_error is None and split == "predict")):
-            more = f" (and {len(bad) - 1:,} rows more)" if len(bad) > 1 else ""
+            more = f" (and {len(bad) - 1:,} row{'s' * (len(bad) > 2)} more)" if len(bad) > 1 else ""
             raise ValueError(
                 f"{self.where(split, table, bad[0])}: {problems[bad[0]]}{more}; data.on_error=skip leaves out such rows"
             )

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .names import config_names, did_you_mean, find_config, header, stop
+from .names import config_names, did_you_mean, find_config, greet, header, stop
 
 HOME = Path(__file__).parent
 
@@ -177,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("plan", "doctor"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command in ("plan", "doctor", "report"):
+        greet(arguments.command)
     if arguments.command == "ls":
         ls(arguments.kind, arguments.word)
     elif arguments.command == "show":

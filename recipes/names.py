@@ -5,12 +5,16 @@ Standard library and YAML only: mistakes in a name are told at once, before torc
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -95,6 +99,26 @@ def start(recipe: str, argv: Sequence[str]) -> None:
     check_command(recipe, argv)
     if "--quiet" not in argv and "--help" not in argv:
         greet(f"{recipe} {argv[0]}")
+    if not hub_can_be_found():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # its library would try for 25 s before it says so
+
+
+def hub_can_be_found(seconds: float = 3) -> bool:
+    """Whether the hub's name is known here, or somebody else sees to that: a proxy, or a setting."""
+    settled = ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    if any(os.environ.get(name) for name in settled):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    found: list[bool] = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError):
+            found.append(bool(socket.getaddrinfo(host, 443)))
+
+    asking = threading.Thread(target=look, daemon=True)  # a name server that is gone would hold us up for longer
+    asking.start()
+    asking.join(seconds)
+    return bool(found)
 
 
 def greet(what: str) -> None:

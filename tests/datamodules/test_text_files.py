@@ -89,7 +89,7 @@ def test_json_with_a_text_that_is_no_string_and_a_label_that_is_missing(own_fold
     lines = ('{"text": "a", "label": 1}', '{"text": 5, "label": 1}', '{"text": "b"}')
     data = TextFiles(csv(own_folder, *lines, name="a.jsonl"), on_error="skip")
     assert data.read_splits()["train"].skipped == 2
-    with pytest.raises(ValueError, match="line 2: the text is int, not a string .and 1 rows more"):
+    with pytest.raises(ValueError, match="line 2: the text is int, not a string .and 1 row more"):
         TextFiles(data.files["train"]).read_splits()
 
 

@@ -51,7 +51,7 @@ def test_what_is_skipped_is_counted_line_by_line(own_folder: Path) -> None:
     Path("a.csv").write_text(numbered(200, row20='"text 20,a', row120='"text 120,a'))
     train = TextFiles("a.csv", on_error="skip").read_splits()["train"]
     assert len(train) == 198 and train.skipped == 2
-    with pytest.raises(ValueError, match="a.csv, line 22: .*is a double quote in it not closed.*and 1 rows more"):
+    with pytest.raises(ValueError, match="a.csv, line 22: .*is a double quote in it not closed.*and 1 row more"):
         TextFiles("a.csv").read_splits()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from recipes import names
+from recipes.__main__ import main as command
 from recipes.cli import check_writable
 from recipes.mistakes import unwrapped
 from recipes.plan import Phases
@@ -151,6 +154,29 @@ def test_something_is_said_before_anything_heavy_is_imported(capsys: pytest.Capt
     assert capsys.readouterr().err == "vision fit: starting\n"
     names.start("vision", ["fit", "--config", "vision/quickstart", "--quiet"])
     assert capsys.readouterr().err == ""
+    command(["plan", "vision/quickstart"])
+    assert capsys.readouterr().err.startswith("plan: starting\n")
+
+
+def test_a_hub_that_cannot_be_found_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(*_: Any) -> Any:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", nobody)
+    assert not names.hub_can_be_found()
+    names.start("text", ["fit", "--config", "text/quickstart"])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert names.hub_can_be_found(), "whoever set that has decided"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [1])
+    assert names.hub_can_be_found()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: time.sleep(5))
+    assert not names.hub_can_be_found(seconds=0.1)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert names.hub_can_be_found(), "the proxy looks it up"
 
 
 def test_a_terminal_has_a_bar_and_colours_unless_there_should_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
