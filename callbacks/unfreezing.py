@@ -333,7 +333,8 @@ class Freeze(_Freezing):
         """Freeze before the strategy wraps the module, so that DDP never sees frozen parameters."""
         if stage == "fit":
             _check_alone(trainer, self)
-            self.hand_back()
+            if not self.frozen <= set(pl_module.parameters()):  # else it was frozen before the fit
+                self.hand_back()
             if any(True for _ in pl_module.parameters()):
                 self.freeze(pl_module)
 

@@ -232,7 +232,9 @@ def test_what_trained_is_counted_once_where_features_were_computed_before(capsys
     probe = ["--trainer.callbacks+=Freeze", "--trainer.callbacks.train_last_blocks=1"]
     main([*QUICK, *probe, "--feature_views=1", "--data.augment=none", "--trainer.max_epochs=1"])
     share = 100 * 325 / 74_965
-    assert f"{share:.1f}% of them trained" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{share:.1f}% of them trained" in said.out
+    assert said.err.count("325 parameters train") == 1
 
 
 def test_a_missing_extra_is_named() -> None:
