@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 from .images import ImageDataModule
-from .labels import check_each, label_numbers, learn_classes, positions
+from .labels import check_each, label_numbers, learn_classes, positions, some
 from .pictures import Pictures, decode
+from .text_rows import class_labels
 
 
 class HuggingFaceImages(ImageDataModule):
@@ -170,4 +172,26 @@ def load_splits(
                 has = ", ".join(found[name].column_names)
                 raise ValueError(f"no column {column!r} in split {name!r} of {source['path']}: it has {has}")
         tables[split] = found[name]
+    check_class_labels(source["data_files"], tables)
     return tables
+
+
+def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
+    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
+
+    Raises:
+        ValueError: Names such a file.
+    """
+    import pyarrow.parquet  # comes with datasets
+
+    kinds = {name: kind for table in tables.values() for name, kind in table.features.items()}
+    names = {name: getattr(getattr(kind, "feature", kind), "names", None) for name, kind in kinds.items()}
+    patterns = [one for given in (data_files or {}).values() for one in ([given] if isinstance(given, str) else given)]
+    files = [file for pattern in patterns for file in glob.glob(pattern) if file.endswith(".parquet")]
+    for file in files:
+        for column, own in class_labels(pyarrow.parquet.read_schema(file).metadata).items():
+            if (others := names.get(column)) is not None and list(others) != own:
+                raise ValueError(
+                    f"{file}: the classes of {column!r} are {some(own)}, and elsewhere {some(others)}: all files are "
+                    "read by one order; write them with one ClassLabel"
+                )

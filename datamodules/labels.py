@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
@@ -22,7 +23,10 @@ log = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?")  # 007 is no number: its zeros are part of a name
 MISSING = {"nan", "NaN", "null", "NULL", "<NA>"}  # what programs write where there is no label
+LONG = 28  # characters; a longer number is a name like a word, which arithmetic would cut
 TRUTH = {"false": "0", "true": "1"}
+LISTED = re.compile(r"[\[({'\"]")  # how a text begins that may write a list down
+NO_LIST = re.compile(r"\[|(array|frozenset|set)\(")  # ... and one that does so in a way that cannot be read
 SEPARATORS = "|;,/"  # that labels of one text are often joined with
 
 
@@ -50,14 +54,16 @@ def check_each(values: Sequence[Any], where: Callable[[int], str]) -> None:
 def spelling(value: Any) -> str:
     """A label as a file of text has it."""
     if isinstance(value, bytes):
-        return value.decode(errors="replace").strip()
+        return value.decode(errors="backslashreplace").strip()
+    if isinstance(value, Decimal):
+        return format(value, "f")
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
 
 
 def label_name(value: Any) -> str:
     """What the class of a label is called: words as they are, a number the same whether it is 1, 1.0 or +1."""
     name = spelling(value)
-    if NUMBER.fullmatch(name):
+    if NUMBER.fullmatch(name) and len(name) < LONG:
         number = Decimal(name)
         return str(int(number)) if number == int(number) else str(number.normalize())
     return name
@@ -84,7 +90,7 @@ def learn_classes(labels: Iterable[Any]) -> list[str]:
 
 def rank(name: str) -> tuple[bool, Decimal, str]:
     """Sorts numbers as numbers, those that begin with zeros among them, before words."""
-    number = re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name)
+    number = len(name) < LONG and re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name)
     return not number, Decimal(name) if number else Decimal(0), name
 
 
@@ -98,7 +104,7 @@ def label_numbers(
         class_names: In the order of the classes.
         where: Names the place of a label, for an error.
         given: Whether the user wrote the names, so that a whole number counts in them. Where one of the names is a
-            number itself, it does not.
+            number or a truth value itself, it does not.
 
     Raises:
         ValueError: A label is not among the classes, or two classes have one name; says where.
@@ -107,7 +113,7 @@ def label_numbers(
     number = {key(name): label for label, name in enumerate(class_names)}
     if len(number) < len(class_names):
         raise ValueError(f"data.class_names must differ from each other; received {some(class_names)}")
-    if given and not any(map(NUMBER.fullmatch, class_names)):
+    if given and not any(map(is_number, class_names)):
         number |= {str(label): label for label in range(len(class_names))}
     found = {label: number.get(key(label), -1) for label in dict.fromkeys(labels)}
     numbers = torch.tensor([found[label] for label in labels], dtype=torch.long)
@@ -121,6 +127,14 @@ def label_numbers(
             log.info("labels are matched by value, such as %s to class %s", label, class_names[at])
             break
     return numbers
+
+
+def is_number(name: str) -> bool:
+    """Whether a name could be taken for a number: 1, 01, `1.`, 1e3, true."""
+    try:
+        return math.isfinite(float(value_of(name.strip())))
+    except ValueError:
+        return False
 
 
 def positions(
@@ -159,10 +173,10 @@ def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return [], "there are no labels; where none applies, the list must be empty"
-    if isinstance(value, str) and value.strip()[:1] in ("[", "(", "{"):
+    if isinstance(value, str) and LISTED.match(value.strip()):
         value = written_list(value.strip())
-        if isinstance(value, str) and value.startswith("["):
-            return [], f"the labels look like a list and are none: {value[:60]}"
+    if isinstance(value, dict) or (isinstance(value, str) and NO_LIST.match(value)):
+        return [], f"the labels look like a list and are none: {str(value)[:60]}"
     found = list(value) if isinstance(value, (list, tuple, set)) else str(value).split(separator)
     found = [label.strip() if isinstance(label, str) else label for label in found]
     if isinstance(value, str):
@@ -172,28 +186,29 @@ def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:
 
 
 def written_list(text: str) -> Any:
-    """The list that a text writes down, in JSON or in Python; the text, where it is none."""
+    """The list that a text writes down, in JSON or in Python, or a dictionary; the text, where it is none."""
+    if re.search(r"""['"]\s+['"]""", text):  # as numpy prints words, which Python would join
+        return text
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(found, (list, tuple, set)):
-            return sorted(found, key=str) if isinstance(found, set) else list(found)
+        if isinstance(found, (list, tuple, set, dict)):
+            return sorted(found, key=str) if isinstance(found, set) else found
     return text
 
 
-def width_of_indicators(rows: Iterable[Sequence[Any]]) -> int | None:
+def width_of_indicators(rows: Sequence[Sequence[Any]]) -> int | None:
     """How many classes rows such as `[0, 1, 1]` tell of, one truth value for each; None, where rows list labels.
 
-    Rows of one length, with nothing but 0 and 1 in them, are these: as lists of labels they would all name both.
+    Most rows are of one length, with nothing but 0 and 1 in them, and either all are, or one has a value twice, which a
+    list of labels has not. A row that is otherwise is an error later on.
     """
-    lengths = set()
-    for row in rows:
-        lengths.add(len(row))
-        if len(lengths) > 1 or len(row) < 2 or any(value_of(label_name(label)) not in TRUTH.values() for label in row):
-            return None
-    return lengths.pop() if lengths else None
+    whole = [row for row in rows if len(row) > 1 and {value_of(label_name(label)) for label in row} <= {"0", "1"}]
+    width, count = Counter(map(len, whole)).most_common(1)[0] if whole else (0, 0)
+    twice = any(len(row) == width and len({value_of(label_name(label)) for label in row}) < width for row in whole)
+    return width if count == len(rows) > 0 or (2 * count > len(rows) and twice) else None
 
 
 def several_numbers(
@@ -217,6 +232,10 @@ def several_numbers(
         ValueError: A label is not among the classes, or truth values are not one for each class.
     """
     if not indicators:
+        for row, labels in enumerate(rows):
+            if len(set(labels)) < len(labels) and {value_of(label_name(label)) for label in labels} <= {"0", "1"}:
+                twice = f"{list(labels)[:10]} has a label twice"
+                raise ValueError(f"{where(row)}: {twice}: are these truth values, where the training data list labels?")
         hot = torch.zeros(len(rows), len(class_names))
         samples = [row for row, labels in enumerate(rows) for _ in labels]
         flat = [label for labels in rows for label in labels]
@@ -238,19 +257,18 @@ def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
         separator: That they were split at.
 
     Raises:
-        ValueError: No text has several labels, and one looks as if it were several.
+        ValueError: One looks as if it were several: its parts are labels, too, or no text has several labels.
     """
-    found: set[str] = set()
-    for row in rows:
-        if len(row) > 1:
-            return
-        found.update(row)
+    rows = list(rows)
+    found = {label for row in rows for label in row}
+    alone = all(len(row) < 2 for row in rows)
     for other in SEPARATORS.replace(separator, ""):
         for label in sorted(name for name in found if other in name):
-            if other in "|;" or found & {part.strip() for part in label.split(other)}:
+            parts = {part.strip() for part in label.split(other)}
+            if parts <= found or (alone and (other in "|;" or found & parts)):
                 raise ValueError(
-                    f"no text has several labels with {separator!r} between them, and there is a label {label!r}: set "
-                    f"data.label_separator to {other!r}; if it is one label, name all in data.class_names"
+                    f"there is a label {label!r}, as if labels had {other!r} between them: set data.label_separator to "
+                    "that; if it is one label, name all in data.class_names"
                 )
 
 

@@ -29,6 +29,7 @@ from .images import ImageDataModule
 from .labels import check_each, label_numbers, learn_classes, positions
 from .pictures import Pictures, Subset, decode, flattened
 from .sampling import BlockSampler, EpochSampler, hash_seed
+from .text_rows import class_labels
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +283,11 @@ def read_shards(patterns: Sequence[str], image_column: str, label_column: str) -
     """
     paths = [path for pattern in patterns for path in expand(pattern)]
     with ThreadPoolExecutor(16) as pool:  # far away, time is spent waiting
-        return list(pool.map(lambda path: read_shard(path, image_column, label_column), paths))
+        shards = list(pool.map(lambda path: read_shard(path, image_column, label_column), paths))
+    bare = [shard.path for shard in shards if shard.names is None]
+    if 0 < len(bare) < len(shards):
+        raise ValueError(f"{bare[0]} has no names of classes, and other files have: write them with one ClassLabel")
+    return shards
 
 
 def expand(pattern: str) -> list[str]:
@@ -314,8 +319,7 @@ def read_shard(path: str, image_column: str, label_column: str) -> Shard:
         return f"row {row} of {path}"
 
     check_each(labels, where)
-    known = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    names = known.get("info", {}).get("features", {}).get(label_column, {}).get("names")
+    names = class_labels(file.schema_arrow.metadata).get(label_column)
     if names is not None:
         labels = [names[label] for label in positions(labels, names, names, where).tolist()]
     digest = hashlib.sha256(json.dumps([rows, sizes, labels], default=str).encode()).hexdigest()

@@ -175,7 +175,7 @@ class TextFiles(TextDataModule):
             return torch.tensor(values, dtype=torch.float32)
         if unknown:
             return torch.zeros(len(values), self.num_classes) if self.many else torch.full((len(values),), IGNORED)
-        given = self.given_names is not None and not self.names_learnt
+        given = bool(self.given_names) and not self.names_learnt
         if not self.many:
             return label_numbers(values, self.class_names, where, given=given)
         shown = self.training_labels if self.files["train"] and not self.names_learnt else values
@@ -203,7 +203,7 @@ class TextFiles(TextDataModule):
             "quoted": self.quoted,
             "encoding": self.encoding,
         }
-        key = self.digest(READER, options, [digest(file) for file in files])
+        key = self.digest(READER, options, [(file.suffix, digest(file)) for file in files])
         label = {
             "multi_label_classification": datasets.List(datasets.Value("string")),
             "regression": datasets.Value("float64"),
@@ -241,25 +241,33 @@ def read_files(
         ValueError: A column that is not there, or a file that is not of its format at all.
     """
     columns = [*text_columns, *([label_column] if label_column else [])]
-    seen: set[Any] = set()
+    seen: set[str] = set()
 
-    def count_rows(rows: list[dict[str, Any]]) -> int:
-        """Those with a label that was there before; in a first row, one that is there again."""
-        if label_column is None or problem_type != "single_label_classification":
-            return len(rows)
-        labels = Counter(row[label_column].strip() for row in rows)
-        return sum(count for label, count in labels.items() if (label in seen if seen else count > 1))
+    def labels_in(row: dict[str, Any]) -> list[str]:
+        """Those of a row, if they can be labels."""
+        label, problem = read_label(row[str(label_column)], problem_type, label_separator)
+        return [] if problem else label if isinstance(label, list) else [str(label)]
+
+    def swallows(row: dict[str, Any], inner: list[dict[str, Any]], lines: int) -> bool:
+        """Whether most of a text's lines are rows: they have labels that were there before, or are there again."""
+        found = [labels_in(each) for each in inner]
+        again = Counter(label for labels in found for label in labels)
+        rows = sum(
+            bool(labels) and all(problem_type == "regression" or label in seen or again[label] > 1 for label in labels)
+            for labels in found
+        )
+        return "\n" in row[str(label_column)] or (2 * rows > lines and (bool(seen) or rows > 2))
 
     line = 0
     for number, file in enumerate(files):
-        for line, row, problem in rows_of(file, columns, count_rows=count_rows, **options):
+        for line, row, problem in rows_of(file, columns, swallows=swallows if label_column else None, **options):
             texts = [row.get(name) for name in text_columns]
             label, wrong = (
                 read_label(row.get(label_column), problem_type, label_separator) if label_column else (None, "")
             )
             problem = problem or next(filter(None, map(text_problem, texts)), "") or wrong
-            if not problem and problem_type == "single_label_classification":
-                seen.add(label)
+            if not problem and label_column:
+                seen.update(label if isinstance(label, list) else [str(label)])
             yield {
                 **dict(zip(("text", "pair"), ["" if problem else text for text in texts], strict=False)),
                 "label": label if label is not None else NO_LABEL[problem_type],
@@ -290,7 +298,9 @@ def read_label(value: Any, problem_type: str, separator: str) -> tuple[Any, str]
             score = float(value)
         except (TypeError, ValueError):
             return None, f"the score is {value!r}, not a number"
-        return score, "" if math.isfinite(score) else f"the score is {value!r}"
+        if "_" in str(value) or not abs(score) <= torch.finfo(torch.float32).max:
+            return None, f"the score is {value!r}"
+        return score, ""
     if problem_type == "multi_label_classification":
         labels, problem = several_labels(value, separator)
         found = [spelling(label) for label in labels]

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 log = logging.getLogger(__name__)
 
 Row: TypeAlias = tuple[int, dict[str, Any], str]  # its line, from 1; values by column; what is wrong with it
+Swallows: TypeAlias = Callable[[dict[str, Any], list[dict[str, Any]], int], bool]  # a row, rows in it, lines in it
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 MARKS = {  # bytes at the beginning of a file that tell its encoding; UTF-32's begin with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -26,7 +27,7 @@ MARKS = {  # bytes at the beginning of a file that tell its encoding; UTF-32's b
     codecs.BOM_UTF16_BE: "utf-16",
 }
 LONGEST = 10_000  # lines of one field; what goes on for longer is a quote that nobody closed
-SAMPLE = 1_000  # rows from which one sees whether a file's fields are quoted
+SAMPLE = 1_000  # lines with a quote, from which one sees whether a file's fields are quoted
 
 
 class Dialect(NamedTuple):
@@ -61,7 +62,7 @@ def rows_of(
     separator: str | None = None,
     quoted: bool | None = None,
     encoding: str = "utf-8",
-    count_rows: Callable[[list[dict[str, Any]]], int] = len,
+    swallows: Swallows | None = None,
 ) -> Iterator[Row]:
     """Line or row number, values by column, and what is wrong, of each row of a file of any format.
 
@@ -71,8 +72,8 @@ def rows_of(
         separator: Between the fields of CSV and TSV. `None`: a comma, and a tab.
         quoted: Whether their fields may be in double quotes. `None`: in CSV; in TSV where the file shows it.
         encoding: Of text; a mark at the file's beginning counts more.
-        count_rows: How many of some lines that have as many fields as the header are rows, by their labels: tells a
-            text of many lines from rows that a stray quote has swallowed.
+        swallows: Of a row over several lines, and of those of the lines between its first and last that have as many
+            fields as the header, whether these are rows that a stray quote has swallowed. `None`: nobody can tell.
 
     Raises:
         ValueError: A column that is not there, or a file that is not of its format at all.
@@ -90,12 +91,10 @@ def rows_of(
         else:
             between = separator or ("\t" if file.suffix == ".tsv" else ",")
             if quoted is None:
-                head = list(itertools.islice(lines, SAMPLE))
-                quoted = file.suffix != ".tsv" or looks_quoted(file, head, between)
+                quoted = file.suffix != ".tsv" or looks_quoted(file, between, encoding)
                 if quoted and file.suffix == ".tsv":
                     log.info("%s: fields in double quotes", file)
-                lines = itertools.chain(head, lines)
-            yield from rows_of_csv(file, lines, columns, Dialect(between, quoted), count_rows)
+            yield from rows_of_csv(file, lines, columns, Dialect(between, quoted), swallows)
 
 
 def opened(file: Path, encoding: str) -> Any:
@@ -135,14 +134,31 @@ def is_text(text: str) -> bool:
 
 
 def rows_of_parquet(file: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of a Parquet file, from 1."""
+    """Rows of a Parquet file, from 1; integers of a ClassLabel as the names that this file's metadata give them."""
     import pyarrow.parquet  # comes with datasets
 
     table = pyarrow.parquet.ParquetFile(file)
     check_columns(file, columns, table.schema_arrow.names)
+    names = class_labels(table.schema_arrow.metadata)
     rows = (row for batch in table.iter_batches(columns=list(columns)) for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
+        for column in names.keys() & row.keys():
+            row[column] = named(row[column], names[column])
         yield number, row, ""
+
+
+def class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Names of the classes of each column that Hugging Face's metadata call a ClassLabel, or a list of these."""
+    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    inner = {name: value.get("feature", value) for name, value in features.items() if isinstance(value, dict)}
+    return {name: list(value["names"]) for name, value in inner.items() if isinstance(value, dict) and "names" in value}
+
+
+def named(label: Any, names: Sequence[str]) -> Any:
+    """The name of a position, or those of several; None for one that has none."""
+    if isinstance(label, list):
+        return [named(one, names) for one in label]
+    return names[label] if label is not None and 0 <= label < len(names) else None
 
 
 def rows_of_json(file: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -170,13 +186,13 @@ def rows_of_csv(
     lines: Iterable[str],
     columns: Sequence[str],
     dialect: Dialect,
-    count_rows: Callable[[list[dict[str, Any]]], int] = len,
+    swallows: Swallows | None = None,
 ) -> Iterator[Row]:
     """Rows below a header.
 
     A double quote that is not closed, or not doubled, costs its own line and no other: reading goes on at the next one.
     Where such a quote meets another one further down, what lies between looks like a field with line ends; it is not
-    taken for one if most of its lines are rows by themselves.
+    taken for one if `swallows` tells rows in it. Where nobody can tell, a warning names the line.
     """
     window = Window(lines)
     reader = dialect.reader(window)
@@ -192,11 +208,16 @@ def rows_of_csv(
             return None
         return {name: fields[place] for name, place in places.items()}
 
-    def swallowed(taken: Sequence[str]) -> bool:
+    def swallowed(line: int, row: dict[str, str] | None, taken: Sequence[str]) -> bool:
         """Whether a record of several lines has taken rows in."""
-        alone = (row_of(dialect.fields(line)) for line in taken[1:-1])
-        rows = count_rows([row for row in alone if row is not None])
-        return len(header) > 1 and 2 * rows > len(taken) - 2
+        alone = [found for text in taken[1:-1] if (found := row_of(dialect.fields(text))) is not None]
+        if row is None or len(header) < 2:
+            return False
+        if swallows is not None:
+            return swallows(row, alone, len(taken) - 2)
+        if len(alone) > 2 and 2 * len(alone) > len(taken) - 2:
+            log.warning("%s, line %d: a field goes on for %d lines that look like rows", file, line, len(taken))
+        return False
 
     torn = False  # the lines after a broken one may be its rest
     while True:
@@ -211,14 +232,14 @@ def rows_of_csv(
             return
         if not problem and not fields:
             continue  # an empty line
-        if not problem and len(taken) > 2 and swallowed(taken):
+        row = row_of(fields)
+        if not problem and len(taken) > 1 and swallowed(line, row, taken):
             problem = f"a field goes on for {len(taken)} lines that look like rows; is a double quote in it not closed?"
         if problem:
             window.put_back(taken[1:])
             torn = True
             yield line, {}, problem
             continue
-        row = row_of(fields)
         if torn and dialect.quoted and sum(part.count('"') for part in taken) % 2:
             yield line, {}, "a double quote is left over; is this the rest of the broken row before?"
             continue
@@ -262,25 +283,27 @@ class Window:
         del self.taken[len(self.taken) - len(lines) :]
 
 
-def looks_quoted(file: Path, head: Sequence[str], separator: str) -> bool:
+def looks_quoted(file: Path, separator: str, encoding: str) -> bool:
     """Whether fields of a TSV are in double quotes, as pandas writes some of them, or such quotes are parts of texts.
 
     Args:
-        file: For errors.
-        head: The first lines, with the header.
+        file: To look at: its header, and its first lines with a quote, wherever they are.
         separator: Between fields.
+        encoding: As in `opened`.
     """
-    rows = [line.rstrip("\r\n").split(separator) for line in head if line.strip()]
-    header, rows = (rows[0], rows[1:]) if rows else ([], [])
+    with opened(file, encoding) as whole:
+        lines = decoded(file, whole)
+        head = [next(lines, ""), *itertools.islice((line for line in lines if '"' in line), SAMPLE)]
+    header, *rows = [line.rstrip("\r\n").split(separator) for line in head]
     columns = zip(*(row for row in rows if len(row) == len(header)), strict=True)
     if any(map(wrapped, header)) or (len(rows) > 1 and any(all(map(wrapped, column)) for column in columns)):
-        return True
+        return not any(problem for *_, problem in rows_of_csv(file, head[:1], [], Dialect(separator, True)))
     as_they_are, quoted = (
         sum(bool(problem) for *_, problem in rows_of_csv(file, head, [], Dialect(separator, way)))
         for way in (False, True)
     )
     doubled = any('""' in field and field[0] == '"' for row in rows for field in row)
-    return quoted < as_they_are or (quoted == as_they_are == 0 and doubled)
+    return quoted < as_they_are or (quoted == as_they_are and doubled)
 
 
 def wrapped(field: str) -> bool:
@@ -298,11 +321,13 @@ def check_columns(file: Path, columns: Sequence[str], known: Sequence[str], sepa
         separator: That the header was split at.
     """
     for name in columns:
+        if list(known).count(name) > 1:
+            raise ValueError(f"{file} has several columns {name!r}: give them names of their own")
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             header = (separator or "").join(known)
-            for other in "\t;,|" if separator else "":
+            for other in "\t;,|".replace(separator, "") if separator else "":
                 if name in [column.strip('" ') for column in header.split(other)]:
                     hint = f": set data.separator to {other!r}, which is between its fields"
             raise ValueError(f"{file} has no column {name!r}, but {', '.join(map(repr, known))}{hint}")
@@ -324,6 +349,7 @@ def expand(pattern: str | Sequence[str]) -> list[Path]:
         if not matches:
             raise FileNotFoundError(f"no file {one}: expected a path or a pattern of {', '.join(FORMATS)} files")
         found += matches
+    found = list(dict.fromkeys(found))  # two patterns may mean one file
     for path in found:
         if path.suffix not in FORMATS:
             raise ValueError(f"{path}: the ending says what a file is; expected one of {', '.join(FORMATS)}")

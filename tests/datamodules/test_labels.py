@@ -194,7 +194,7 @@ def test_a_list_is_not_one_label() -> None:
 
 def test_labels_with_another_separator_are_not_classes_of_their_own() -> None:
     path, many = csv("a.csv", ["negative|long", "negative", "long", "positive"]), "multi_label_classification"
-    with pytest.raises(ValueError, match=r"a label 'negative\|long': set data.label_separator to '\|'"):
+    with pytest.raises(ValueError, match=r"a label 'negative\|long', as if labels had '\|' between them"):
         TextFiles(path, problem_type=many).read_splits()  # type: ignore[arg-type]
     data = TextFiles(path, problem_type=many, label_separator="|")  # type: ignore[arg-type]
     assert data.class_names == ["long", "negative", "positive"]
@@ -216,6 +216,67 @@ def test_a_truth_value_for_each_class() -> None:
         val = jsonl("val.jsonl", [[0, 1, 1], [0, 1]])
         TextFiles("a.jsonl", val_file=val, problem_type="multi_label_classification").read_splits()
     assert width_of_indicators([["1"], ["0"]]) is None and width_of_indicators([[1, 0], [2]]) is None
+
+
+@pytest.mark.parametrize("odd", [[0, 1], [], [0, 2, 1], [0, -1, 1]])
+def test_one_odd_row_among_truth_values_is_named(odd: list[int]) -> None:
+    rows = [[0, 1, 1], [1, 0, 0], odd, [1, 1, 0]]
+    for names in (None, ["x", "y", "z"]):
+        data = TextFiles(jsonl("a.jsonl", rows), problem_type="multi_label_classification", class_names=names)
+        with pytest.raises(ValueError, match="line 3: expected 0 or 1 for each of 3 classes"):
+            data.read_splits()
+
+
+def test_truth_values_where_training_lists_labels_are_named() -> None:
+    train, val = jsonl("a.jsonl", [["x", "z"], ["y"]]), jsonl("val.jsonl", [[1, 0, 1]])
+    data = TextFiles(train, val_file=val, problem_type="multi_label_classification", class_names=["x", "y", "z"])
+    with pytest.raises(ValueError, match="line 1: .* has a label twice: are these truth values"):
+        data.read_splits()
+
+
+@pytest.mark.parametrize(
+    "written", ["['a' 'b']", "array(['a', 'b'], dtype=object)", "frozenset({'a'})", "set()", "{'toxic': 1}", "[1 0]"]
+)
+def test_what_programs_write_that_is_no_list_is_named(written: str) -> None:
+    assert several_labels(written, ",")[1].startswith("the labels look like a list and are none: ")
+    assert several_labels({"toxic": 1}, ",")[1] and several_labels("'a', 'b'", ",") == (["a", "b"], "")
+
+
+@pytest.mark.parametrize("names", [["01", "02", "03"], ["1.", "2.", "3."], [" 1", " 2", " 3"], ["false", "true"]])
+def test_names_that_could_be_taken_for_numbers_are_not_counted_in(names: list[str]) -> None:
+    data = TextFiles(csv("a.csv", [1, 2]), class_names=names)
+    try:
+        read = classes_of(data)
+    except ValueError as error:
+        assert "label '1' is not among the classes" in str(error)
+    else:
+        assert [float(name) for name in read] == [1, 2]
+
+
+def test_a_class_label_in_a_file_of_ones_own_brings_its_names() -> None:
+    def write(name: str, names: list[str], labels: list[int]) -> str:
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        rows = {"text": [f"t{row}" for row in range(len(labels))], "label": labels}
+        datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(name)
+        return name
+
+    files = write("train.parquet", ["neg", "pos"], [0, 1]), write("val.parquet", ["pos", "neg"], [0, 0, 1])
+    data = TextFiles(files[0], val_file=files[1])
+    assert classes_of(data) == ["neg", "pos"] and classes_of(data, "val") == ["pos", "pos", "neg"]
+    hub = HuggingFaceTexts("parquet", data_files={"train": files[0], "val": files[1]}, val_split="val")
+    with pytest.raises(ValueError, match="val.parquet: the classes of 'label' are pos, neg, and elsewhere neg, pos"):
+        hub.read_splits()
+
+
+def test_bytes_that_are_no_text_are_labels_of_their_own() -> None:
+    assert learn_classes([b"caf\xe9", b"caf\xe8"]) == ["caf\\xe8", "caf\\xe9"]
+    assert learn_classes(["9" * 40, "1"]) == ["1", "9" * 40] and label_name("1" + "0" * 5000) == "1" + "0" * 5000
+
+
+def test_labels_joined_with_another_separator_beside_the_right_one_are_named() -> None:
+    path = csv("a.csv", ['"x,y"', "x|y"])
+    with pytest.raises(ValueError, match=r"a label 'x\|y', as if labels had '\|' between them"):
+        TextFiles(path, problem_type="multi_label_classification").read_splits()
 
 
 def test_a_class_label_of_another_split_may_be_in_another_order() -> None:

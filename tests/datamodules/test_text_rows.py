@@ -20,8 +20,12 @@ MARKED = Path("marked.csv")
 
 def read(text: str, columns: tuple[str, ...] = ("text", "label"), dialect: Dialect | None = None) -> list[Any]:
     """Line, values and problem of each row of a CSV."""
+
+    def swallows(row: dict[str, Any], inner: list[dict[str, Any]], lines: int) -> bool:
+        return 2 * sum(each["label"] in ("a", "b") for each in inner) > lines
+
     lines = io.StringIO(text, newline="")
-    return list(rows_of_csv(MARKED, lines, columns, dialect or Dialect(",", True)))
+    return list(rows_of_csv(MARKED, lines, columns, dialect or Dialect(",", True), swallows))
 
 
 def numbered(rows: int, **other: str) -> str:
@@ -175,3 +179,82 @@ def test_a_header_that_is_broken_is_a_sentence(own_folder: Path) -> None:
     Path("a.csv").write_text('"text,label\na,x\n')
     with pytest.raises(ValueError, match="a.csv: the header is not CSV"):
         list(rows_of(Path("a.csv"), ["text"]))
+
+
+@pytest.mark.parametrize("column", ["last", "first", "in the middle"])
+@pytest.mark.parametrize(("one", "other"), [(1, 26), (0, 9), (5, 6), (27, 28)])
+def test_wherever_two_quotes_stand_no_row_between_them_is_lost(
+    own_folder: Path, column: str, one: int, other: int
+) -> None:
+    rows = [(f"text {n}", "ab"[n % 2]) for n in range(30)]
+    lines = []
+    for n, (text, label) in enumerate(rows):
+        text = f'"{text}' if n == one else f'{text}"' if n == other else text
+        fields = {"last": [text, label], "first": [label, text], "in the middle": [str(n), label, text]}[column]
+        lines.append(",".join(fields))
+    header = {"last": "text,label", "first": "label,text", "in the middle": "id,label,text"}[column]
+    Path("a.csv").write_text("\n".join([header, *lines, ""]))
+    data = TextFiles("a.csv", on_error="skip")
+    train = data.read_splits()["train"]
+    read = {train.text(row): data.class_names[train.labels[row]] for row in range(len(train))}
+    for n, (text, label) in enumerate(rows):
+        assert n in (one, other) or abs(one - other) == 1 or read[text] == label
+    assert data.class_names == ["a", "b"]
+
+
+def test_a_label_over_several_lines_is_a_quote_that_was_not_closed(own_folder: Path) -> None:
+    lines = [f"text {n},{'ab'[n % 2]}" for n in range(30)]
+    lines[3], lines[20] = 'text 3,"b', 'text 20,a"'
+    Path("a.csv").write_text("\n".join(["text,label", *lines, ""]))
+    with pytest.raises(ValueError, match="a.csv, line 5: a field goes on for 18 lines that look like rows"):
+        TextFiles("a.csv").read_splits()
+    train = TextFiles("a.csv", on_error="skip").read_splits()["train"]
+    assert len(train) == 29 and train.skipped == 1, "the lines between are rows, and so is the one that closes it"
+
+
+def test_a_text_to_predict_is_whole_though_its_lines_look_like_rows(
+    own_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["first", "roses, are red\nviolets, are blue\nsugar is sweet", "\n".join("abcdef, and"), "last"]
+    texts[2] = "\n".join(f"verse {n}, and on" for n in range(9))
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([("text", "label"), *((text, "x") for text in texts)])
+    Path("new.csv").write_bytes(out.getvalue().encode())
+    splits = TextFiles(predict_file="new.csv", class_names=["x", "y"]).read_splits()
+    assert [splits["predict"].text(row) for row in range(4)] == texts
+    assert "new.csv, line 6: a field goes on for 9 lines that look like rows" in caplog.text
+
+
+def test_a_file_is_read_by_its_ending_though_another_was_read_before(own_folder: Path) -> None:
+    content = 'text\nfoo bar\n"quoted"\n\nlast\n'
+    read = {}
+    for ending in ("csv", "txt"):
+        Path(f"one.{ending}").write_text(content)
+        texts = TextFiles(predict_file=f"one.{ending}", class_names=["x", "y"]).read_splits()["predict"]
+        read[ending] = [texts.text(row) for row in range(len(texts))]
+    assert read == {"csv": ["foo bar", "quoted", "last"], "txt": ["text", "foo bar", '"quoted"', "last"]}
+
+
+def test_quotes_far_down_in_a_tsv_are_seen(own_folder: Path) -> None:
+    rows = [(f"plain {n}", "good") for n in range(1500)] + [('he said "no"', "bad")]
+    pandas.DataFrame(rows, columns=["text", "label"]).to_csv("a.tsv", sep="\t", index=False)
+    train = TextFiles("a.tsv").read_splits()["train"]
+    assert train.text(1500) == 'he said "no"'
+
+
+def test_a_column_that_is_there_twice(own_folder: Path) -> None:
+    Path("a.csv").write_text("text,label,label\na,x,y\n")
+    with pytest.raises(ValueError, match="a.csv has several columns 'label'"):
+        TextFiles("a.csv").read_splits()
+
+
+def test_a_file_that_two_patterns_mean_is_read_once(own_folder: Path) -> None:
+    Path("m1.csv").write_text("text,label\na,x\nb,y\n")
+    assert len(TextFiles(["m1.csv", "m*.csv"]).read_splits()["train"]) == 2
+
+
+@pytest.mark.parametrize("score", ["1e39", "1_000", "inf", "nan"])
+def test_scores_that_are_none(own_folder: Path, score: str) -> None:
+    Path("a.csv").write_text(f"text,label\na,1.5\nb,{score}\n")
+    with pytest.raises(ValueError, match="line 3: the score is"):
+        TextFiles("a.csv", problem_type="regression").read_splits()
