@@ -44,15 +44,18 @@ def quickstart() -> str:
 def speed() -> str:
     """What was measured, with the hardware."""
     training, loading = result("training"), result("loading")
-    overhead, features, real = result("overhead"), result("features"), result("real_data")
+    overhead, features, real, opened = (result(name) for name in ("overhead", "features", "real_data", "predict"))
     again = features["recomputed_cpu_s"] / features["stored_again_cpu_s"]
     cifar, ants = real["cifar10"], real["hymenoptera"]
     rows = [
         ("ResNet-18, 64 px, batch 32, loading included, against a bare loop, fp32, CPU time",
          f"{training['fp32_ratio_cpu_s']:.2f}", "training"),
         ("the same with the defaults that ship", f"{training['shipped_ratio_cpu_s']:.2f}", "training"),
-        ("a step beyond the net: logging, metrics, bar, callbacks", f"{overhead['overhead_ms_per_step']:.1f} ms of CPU",
+        ("a step beyond the net: logging, metrics, bar, callbacks; fp32 and bf16, each against its own bare loop",
+         f"{overhead['fp32']['overhead_ms_per_step']:.1f} and {overhead['bf16']['overhead_ms_per_step']:.1f} ms of CPU",
          "overhead"),
+        (f"from the command to a prediction, by a ResNet-50 in a checkpoint of {opened['checkpoint_mb']} MB",
+         f"{opened['seconds']:.1f} s, of which {opened['opening_s']:.2f} s open the checkpoint", "predict"),
         ("images per CPU second with standard augmentation, against torchvision's per-sample pipeline",
          f"{loading['ratio']:.1f} times", "loading"),
         ("ten epochs of a linear probe with `--feature_views 1`, against computing features again",
