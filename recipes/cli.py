@@ -274,7 +274,8 @@ class RecipeCLI(LightningCLI):
         folder, again = parent / stamp, 2
         while folder.exists() and "LOCAL_RANK" not in os.environ:
             folder, again = parent / f"{stamp}-{again}", again + 1
-        check_writable(folder.resolve())
+        if not self.plan:  # which writes nothing
+            check_writable(folder.resolve())
         return folder.resolve()
 
     def default_callbacks(self, *, has_logger: bool) -> list[Callback]:

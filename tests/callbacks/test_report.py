@@ -237,18 +237,23 @@ class Scores(Net):
         return super().forward(x)[:, 0]
 
 
+def fitted_and_tested(net: Any, loader: Any) -> Any:
+    """What the report in the folder `page` holds of a module after two epochs and a test; the module is evaluating."""
+    trainer = quiet(callbacks=[Report("page")], max_epochs=2)
+    trainer.fit(net, loader, loader)
+    trainer.test(net, loader, verbose=False)
+    net.eval()
+    return read(Path("page"))
+
+
 def test_scores_of_a_stranger_are_evaluated(own_folder: Path) -> None:
     from torch.utils.data import DataLoader, TensorDataset
 
     pictures = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     truth = pictures.mean((1, 2, 3)) * 10 + 2
     loader = DataLoader(TensorDataset(pictures, truth), batch_size=6)
-    net, report = Scores(), Report("page")
-    trainer = quiet(callbacks=[report], max_epochs=2)
-    trainer.fit(net, loader, loader)
-    trainer.test(net, loader, verbose=False)
-    found = read(own_folder / "page")
-    net.eval()
+    net = Scores()
+    found = fitted_and_tested(net, loader)
     with torch.no_grad():
         off = (net(pictures) - truth).abs()
     assert (
@@ -280,12 +285,8 @@ def test_several_labels_of_a_stranger_are_evaluated(own_folder: Path) -> None:
     pictures = torch.randn(40, 3, 6, 6, generator=generator)
     truth = (torch.rand(40, 4, generator=generator) < 0.4).float()
     loader = DataLoader(TensorDataset(pictures, truth), batch_size=6)
-    net, report = Several(), Report("page")
-    trainer = quiet(callbacks=[report], max_epochs=2)
-    trainer.fit(net, loader, loader)
-    trainer.test(net, loader, verbose=False)
-    found = read(own_folder / "page")
-    net.eval()
+    net = Several()
+    found = fitted_and_tested(net, loader)
     with torch.no_grad():
         said = (net(pictures) > 0).numpy()
     expected = metrics.f1_score(truth, said, average="micro", zero_division=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -143,6 +145,8 @@ def test_where_a_run_cannot_be_written_is_a_sentence(
     with pytest.raises(SystemExit):
         main(QUICK)
     assert "runs is a file, and the run's folder goes below it" in capsys.readouterr().err
+    command(["plan", "vision/quickstart"])
+    assert "optimiser steps per epoch" in capsys.readouterr().out, "a plan writes nothing"
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(SystemExit):
         check_writable(Path.cwd() / "elsewhere" / "run")
@@ -270,3 +274,12 @@ def test_a_checkpoint_is_opened_once_and_not_read_whole_to_ask_its_name(
 def test_a_trial_of_one_step_is_the_beginning_of_a_run(opens: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli = main([*QUICK, "--trainer.fast_dev_run=true", *opens])
     assert cli.trainer.global_step == 1 and not Path("runs").exists()
+
+
+def test_the_report_knows_what_doctor_said_of_the_same_data() -> None:
+    with contextlib.suppress(SystemExit):
+        command(["doctor", "vision/quickstart"])
+    for seed, knows in ((0, True), (1, False)):
+        cli = main([*QUICK, "--trainer.max_epochs=1", f"--data.seed={seed}"])
+        facts = json.loads((cli.folder / "report.json").read_text())["facts"]
+        assert bool(facts.get("doctor")) == knows, "of other data it said nothing"
