@@ -41,7 +41,7 @@ def one(folder: str, with_report: str) -> None:
     from lightning.pytorch import Trainer
 
     from callbacks import Report
-    from callbacks.facts import peak_memory
+    from callbacks.report.facts import peak_memory
     from datamodules import ImageFolder
     from recipes.vision import VisionClassifier
 

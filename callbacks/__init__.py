@@ -3,13 +3,13 @@
 from .averaging import EMA, Interpolation
 from .clipping import AGC, AutoClip
 from .constraints import Constrain, RateBounds
-from .ewc import EWC
-from .guards import PhaseAwareEarlyStopping, StopOnNonFinite
+from .ewc.callback import EWC
+from .nonfinite import PhaseAwareEarlyStopping, StopOnNonFinite
 from .penalties import L1, L2, L2SP
 from .predictions import PredictionWriter
-from .report import Report
-from .resume import AtomicCheckpointIO, ExactResume
-from .unfreezing import Freeze, GradualUnfreezing, layerwise_param_groups
+from .report.callback import Report
+from .resume.callback import AtomicCheckpointIO, ExactResume
+from .unfreezing.gradual import Freeze, GradualUnfreezing, layerwise_param_groups
 from .warmup import LRWarmup
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.averaging import EMA, Interpolation, ema_, interpolate, warmed_up
-from callbacks.resume import ExactResume
+from callbacks.resume.callback import ExactResume
 
 Weights = dict[str, Tensor]
 

@@ -9,8 +9,8 @@ from scipy import stats
 from sklearn import metrics
 from torch import Tensor
 
-from callbacks.comparison import mcnemar, paired
-from callbacks.outputs import Predictions
+from callbacks.report.outputs import Predictions
+from callbacks.report.paired import mcnemar, paired
 
 
 def predictions(logits: Tensor, labels: Tensor) -> Predictions:

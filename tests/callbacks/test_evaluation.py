@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
-from callbacks.evaluation import (
+from callbacks.report.evaluation import (
     bca,
     bootstrap,
     calibration,

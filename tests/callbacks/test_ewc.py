@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from callbacks.ewc import (
+from callbacks.ewc.callback import (
     EWC,
     Memory,
     add_penalty_gradient_,

@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from callbacks import guards
-from callbacks.guards import NonFiniteError, PhaseAwareEarlyStopping, Phased, StopOnNonFinite, sums, tensors_in, trace
+from callbacks import nonfinite as guards
+from callbacks.nonfinite import (
+    NonFiniteError,
+    PhaseAwareEarlyStopping,
+    Phased,
+    StopOnNonFinite,
+    sums,
+    tensors_in,
+    trace,
+)
 
 
 class Scale(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import callbacks.page as page_module
-from callbacks.evaluation import evaluation, label_evaluation, score_evaluation
-from callbacks.facts import existing, shortened
-from callbacks.outputs import Predictions, load_predictions, save_predictions
-from callbacks.page import (
+import callbacks.report.page as page_module
+from callbacks.report.evaluation import evaluation, label_evaluation, score_evaluation
+from callbacks.report.facts import existing, shortened
+from callbacks.report.outputs import Predictions, load_predictions, save_predictions
+from callbacks.report.page import (
     DEEPEST,
     confusion_figure,
     curves,

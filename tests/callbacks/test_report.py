@@ -15,11 +15,11 @@ from sklearn import metrics
 from torch import Tensor, nn
 
 from callbacks import ExactResume, GradualUnfreezing, Report
-from callbacks.facts import grouped, is_better, plain, spread
-from callbacks.outputs import Predictions, classified, gathered, load_predictions, save_predictions
-from callbacks.page import as_uri, render
-from callbacks.page import main as report_of
-from callbacks.report import MOST_POINTS
+from callbacks.report.callback import MOST_POINTS
+from callbacks.report.facts import grouped, is_better, plain, spread
+from callbacks.report.outputs import Predictions, classified, gathered, load_predictions, save_predictions
+from callbacks.report.page import as_uri, render
+from callbacks.report.page import main as report_of
 from datamodules import Digits
 from recipes.text import main as text
 from recipes.vision import VisionClassifier
@@ -184,7 +184,7 @@ def test_tensorboard_has_the_matrix_and_the_classes(own_folder: Path) -> None:
 
 def some(classes: int, samples: int = 300, **changes: Any) -> dict[str, Any]:
     """A report of random answers."""
-    from callbacks.evaluation import evaluation
+    from callbacks.report.evaluation import evaluation
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (samples,), generator=generator)

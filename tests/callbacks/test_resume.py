@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from callbacks.resume import AtomicCheckpointIO, ExactResume, counter_seed, reseed, save_atomically
+from callbacks.resume.callback import AtomicCheckpointIO, ExactResume, counter_seed, reseed, save_atomically
 from datamodules.folder import ImageFolder
 from datamodules.sampling import EpochSampler
 from tests.conftest import write_folder

@@ -19,8 +19,8 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks import GradualUnfreezing, LRWarmup
-from callbacks import unfreezing as unfreezing_file
 from callbacks import warmup as warmup_file
+from callbacks.unfreezing import gradual as unfreezing_file
 from callbacks.warmup import phase_of_groups, ramp
 from recipes.parts.schedules import Cosine, OneCycle
 from tests.nets import Net, data, fit, same, without_dropout

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from callbacks.outputs import load_predictions
+from callbacks.report.outputs import load_predictions
 from recipes.vision import VisionClassifier, VisionCLI, main
 
 from ..conftest import write_folder

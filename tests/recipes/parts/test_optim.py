@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop, Rprop, SparseAdam
 
-from callbacks import layerwise_param_groups, unfreezing
+from callbacks import layerwise_param_groups
+from callbacks.unfreezing import gradual as unfreezing
 from recipes.parts import optim
 from recipes.parts.optim import MuonWithAdamW, build_optimizer, describe, param_groups, reassert, role, snapshot
 from recipes.parts.schedules import Cosine, Linear, OneCycle

@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from .comparison import mcnemar, paired
 from .facts import sample_name, shortened
 from .outputs import Predictions, load_predictions
+from .paired import mcnemar, paired
 
 HUES = ["#3f83c8", "#d9822b", "#3f9b6c", "#c8553d", "#8d6bbd", "#7f8a94", "#b39a2f", "#3aa0a8"]  # on white and on black
 INK = "#010203"  # stands for the page's own colour

@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evaluation import (
-    Statistic,
-    bootstrap,
-    confusions,
-    drawn_label_f1,
-    in_order,
-    label_counts,
-    macro_f1,
-    spearman,
-)
+from .evaluation import Statistic, bootstrap, confusions, drawn_label_f1, in_order, label_counts, macro_f1, spearman
 from .outputs import Predictions
 
 

@@ -1,0 +1,1 @@
+"""Elastic weight consolidation; this folder can be copied whole into any project."""
