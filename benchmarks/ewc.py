@@ -32,7 +32,10 @@ from torchvision.models import resnet18
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.measure import write_result
-from callbacks.ewc.callback import EWC, FISHER_BATCH, Memory, fisher_diagonal
+from callbacks.ewc.callback import EWC
+from callbacks.ewc.fisher import fisher_diagonal
+from callbacks.ewc.memory import Memory
+from callbacks.ewc.samples import FISHER_BATCH
 
 ROUNDS, STEPS, WARM_UP = 7, 12, 2
 SAMPLES, LOOP_SAMPLES, FISHER_ROUNDS = 192, 24, 5

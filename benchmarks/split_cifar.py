@@ -62,7 +62,8 @@ def learn_a(seed: int) -> Classifier:
 
 def take_fisher(model: Classifier, path: Path) -> None:
     """What EWC needs to know of task A."""
-    from callbacks.ewc.callback import Memory, fisher_diagonal, save_memory
+    from callbacks.ewc.fisher import fisher_diagonal
+    from callbacks.ewc.memory import Memory, save_memory
 
     images, labels = of_classes("train", A, 0, 200)
     held = {name: p for name, p in model.named_parameters() if "heads" not in name}

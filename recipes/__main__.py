@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.command == "copy":
         copy(arguments.config, arguments.file)
     elif arguments.command == "report":
-        report = importlib.import_module("callbacks.report.page")  # takes seconds: it knows Lightning
+        report = importlib.import_module("callbacks.report.comparison")  # takes seconds: it knows Lightning
         try:
             print(report.main(arguments.runs, arguments.out))
         except (FileNotFoundError, ValueError) as error:

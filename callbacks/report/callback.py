@@ -61,8 +61,9 @@ from .facts import (
     spread,
     training_mean,
 )
+from .figures import as_uri
 from .outputs import Outputs, Predictions, classified, gathered, load_predictions, save_predictions
-from .page import as_uri, show_in_tensorboard, write_page
+from .page import show_in_tensorboard, write_page
 
 log = logging.getLogger(__name__)
 

@@ -9,344 +9,22 @@ A block is a named group of parameters, ordered from input to output. Blocks com
 
 from __future__ import annotations
 
-import difflib
-import gc
-import logging
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
-log = logging.getLogger(__name__)
-
-Role: TypeAlias = Literal["weight", "vector", "table"]
-Blocks: TypeAlias = dict[str, dict[str, nn.Parameter]]  # block -> dotted name -> parameter
-
-SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-NORM = re.compile(r"Norm(\dd)?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...: every library names them so
-EMBEDDING = re.compile(r"Embed(ding)?s?$|PosEmb")  # QuantEmbedding, PosEmbedRel, ViTEmbeddings, ...
-TABLE = re.compile(r"token|pos|emb|bias|rel_|_rel|latent|prompt|_log$")  # reg_token, relative_position_bias_table, ...
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, ParametrizationList)
+from .blocks import Blocks, HasLayerGroups, find_blocks
+from .freeze import Freeze, Freezing, check_alone, close, frozen_modules, is_compiled
+from .messages import count, counted, log, say, some
+from .ranks import check_strategy, compare_ranks, is_kind, rewrap
+from .steps import step_at_epoch, steps_of_run, steps_per_epoch
 
 
-@runtime_checkable
-class HasLayerGroups(Protocol):
-    """What a module may offer: ordered blocks, input to output, each with its dotted paths."""
-
-    def layer_groups(self) -> Mapping[str, Sequence[str]]:
-        """Name of the block -> paths of submodules or parameters; every parameter lies in one."""
-
-
-def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blocks:
-    """Sort all parameters of a module into ordered blocks, input to output.
-
-    A tied parameter belongs to the first block that holds it. Parameters that are frozen already are left out,
-    and so are blocks without any other.
-
-    Args:
-        module: Any network.
-        patterns: One per block, input to output: regular expressions looked for in a parameter's dotted name; the
-            first that is found counts. None: the module's `layer_groups()`, or else `infer_blocks`.
-
-    Raises:
-        ValueError: A pattern or path that decides on no parameter, or a parameter in no block.
-    """
-    inferred = patterns is None and not isinstance(module, HasLayerGroups)
-    if patterns is None:
-        groups = module.layer_groups() if isinstance(module, HasLayerGroups) else infer_blocks(module)
-        tests = {block: rf"^({'|'.join(map(re.escape, paths))})(\.|$)" for block, paths in groups.items()}
-    else:
-        tests = {pattern: pattern for pattern in patterns}
-    names = dict(module.named_parameters())  # each parameter once, under its first name
-    home: dict[nn.Parameter, str] = {}
-    for block, pattern in tests.items():
-        for name, parameter in module.named_parameters(remove_duplicate=patterns is not None):
-            if re.search(pattern, name):
-                home.setdefault(parameter, block)
-        if block not in home.values() and not inferred:  # as T5's own embedding of tokens, which is a shared one
-            hint = _did_you_mean(block, names)
-            raise ValueError(f"block {block!r} holds no parameter, or none that an earlier block leaves to it{hint}")
-    lost = [name for name, parameter in names.items() if parameter not in home]
-    if lost:
-        raise ValueError(f"parameters in no block: {_some(lost)}; a last pattern '.' takes all the rest")
-    blocks: Blocks = {block: {} for block in tests}
-    for name, parameter in names.items():
-        if parameter.requires_grad:
-            blocks[home[parameter]][name] = parameter
-    return {block: members for block, members in blocks.items() if members}
-
-
-def infer_blocks(module: nn.Module) -> dict[str, list[str]]:
-    """Ordered blocks of a module tree: what repeats becomes one block each, the rest one block per part.
-
-    The layers of a transformer, the stages of a ResNet or the items of a long `Sequential` are blocks; what lies
-    around them (embeddings, stem, pooler, head) are others. Norm layers join the block before, tokens and other
-    parameters of a container's own the block after. Order is that of registration, usually input to output.
-
-    Returns:
-        Path of the block's first part -> paths of all its parts.
-    """
-    pieces = list(_pieces(module))
-    while sum(not _is_slight(part) for _, part in pieces) < 3:  # nothing repeats, as in Inception: split the largest
-        split = {path: part for path, part in pieces if part is not None and _children(part)}
-        if not split:
-            break
-        largest = max(split, key=lambda path: _count(split[path].parameters()))
-        place = pieces.index((largest, split[largest]))
-        pieces[place : place + 1] = _parts(split[largest], f"{largest}.")
-    blocks: dict[str, list[str]] = {}
-    waiting: list[str] = []  # for a block to join
-    for path, part in pieces:
-        if not _is_slight(part):
-            blocks[path] = [*waiting, path]
-            waiting = []
-        elif part is not None and blocks:
-            next(reversed(blocks.values())).append(path)
-        else:
-            waiting.append(path)
-    if waiting:
-        blocks.setdefault(next(reversed(blocks), waiting[0]), []).extend(waiting)
-    return blocks
-
-
-Piece: TypeAlias = tuple[str, nn.Module | None]  # path and module; None for a parameter of a container's own
-
-
-def _pieces(module: nn.Module, prefix: str = "") -> Iterator[Piece]:
-    """A module taken apart as far as something repeats inside, but no further."""
-    children = _children(module).values()
-    kinds = [type(child) for child in children]
-    layers = _is_chain(module) and max(map(kinds.count, kinds)) * 2 > len(kinds)  # of one kind, as in a transformer
-    stages = sum(isinstance(child, SEQUENCES) for child in children) >= 3  # as in a ResNet
-    for path, part in _parts(module, prefix):
-        whole = layers or (stages and isinstance(part, SEQUENCES)) or _is_slight(part)
-        if part is not None and not whole and any(map(_is_chain, part.modules())):
-            yield from _pieces(part, f"{path}.")
-        else:
-            yield path, part
-
-
-def _parts(module: nn.Module, prefix: str) -> list[Piece]:
-    own: list[Piece] = [(prefix + name, None) for name, _ in module.named_parameters(recurse=False)]
-    return own + [(prefix + name, child) for name, child in _children(module).items()]
-
-
-def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """Children that hold parameters."""
-    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
-
-
-def _is_chain(module: nn.Module) -> bool:
-    """Whether it is a sequence of three parts or more, or a `ModuleList` of two."""
-    return isinstance(module, SEQUENCES) and len(_children(module)) >= (2 if isinstance(module, nn.ModuleList) else 3)
-
-
-def _is_slight(part: nn.Module | None) -> bool:
-    """Whether it is too little to be a block."""
-    return part is None or all(parameter.ndim < 2 for parameter in part.parameters())
-
-
-def role(holder: nn.Module, name: str, parameter: nn.Parameter) -> Role:
-    """What a parameter is for, by the type of the module that holds it, its name and its shape.
-
-    Args:
-        holder: Module of which `parameter` is an attribute.
-        name: The attribute's name, without the path to the module.
-        parameter: Only its shape counts, never its values.
-
-    Returns:
-        `table`: embeddings, and tokens, position tables and the like, which a composite module holds itself;
-        `vector`: norms, biases, scales and whatever else has but one dimension longer than 1; `weight`: all the rest.
-    """
-    kinds = [kind.__name__ for kind in type(holder).__mro__]
-    if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)):
-        return "table"
-    if parameter.ndim < 2 or any(map(NORM.search, kinds)):
-        return "vector"
-    if isinstance(holder, LAYERS):
-        return "vector" if name.startswith("bias") else "weight"
-    if TABLE.search(name) or any(map(EMBEDDING.search, kinds)):
-        return "table"
-    long = sum(size > 1 for size in parameter.shape)
-    if next(holder.children(), None) is not None:
-        return "weight" if long > 2 else "table"  # XLNet's maps to heads, stacked experts
-    return "weight" if long > 1 else "vector"  # a layer's scale, (96, 1, 1)
-
-
-def layerwise_param_groups(
-    module: nn.Module,
-    lr: float,
-    *,
-    layer_decay: float = 1.0,
-    weight_decay: float = 0.0,
-    patterns: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Named parameter groups by block, for one line in anybody's `configure_optimizers`.
-
-        return torch.optim.AdamW(layerwise_param_groups(self, lr=1e-4, layer_decay=0.8, weight_decay=0.01))
-
-    Discriminative learning rates: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
-
-    Args:
-        module: Any network; its own `layer_groups()` count, else its blocks are inferred.
-        lr: Rate of the last block, the head.
-        layer_decay: Factor on the rate from each block to the one before it.
-        weight_decay: Of matrices, kernels; what has another `role` has none: norms, biases, embeddings, tokens.
-        patterns: As in `find_blocks`.
-    """
-    places = [(m, name, p) for m in module.modules() for name, p in m.named_parameters(recurse=False)]
-    spared = {p for holder, name, p in places if role(holder, name, p) != "weight"}
-    blocks, groups = find_blocks(module, patterns), []
-    for place, (block, members) in enumerate(blocks.items(), 1):
-        rate = lr * layer_decay ** (len(blocks) - place)
-        free = spared & set(members.values())
-        for name, decay, params in (
-            (block, weight_decay, [p for p in members.values() if p not in free]),
-            (f"{block}/no_decay", 0.0, [p for p in members.values() if p in free]),
-        ):
-            if params:
-                groups.append({"params": params, "name": name, "lr": rate, "weight_decay": decay})
-    return groups
-
-
-class _Freezing(Callback):
-    """Holds parameters frozen and modules in evaluation mode, until the fit is over."""
-
-    def __init__(self, frozen_dropout: bool) -> None:
-        self.frozen_dropout = frozen_dropout
-        self.frozen: set[nn.Parameter] = set()
-        self.eval: set[nn.Module] = set()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Frozen modules stay in evaluation mode, whoever called `train()`."""
-        for module in self.eval:
-            module.training = False
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
-        if stage == "fit":
-            self.hand_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As after a fit."""
-        self.hand_back()
-
-    def hand_back(self) -> None:
-        """Let everything train again that this callback has frozen."""
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
-        for module in self.eval:
-            module.training = True
-        self.frozen, self.eval = set(), set()
-
-
-class Freeze(_Freezing):
-    """Keeps parts of the network frozen for the whole fit: feature extraction, partial fine-tuning, BitFit.
-
-    Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen
-    are in evaluation mode, so that BatchNorm keeps its statistics and dropout is off. After the fit the module is
-    trainable as it was before.
-
-    Runs on: setup, fit start, every training batch (modes only). Touches: `requires_grad`, `training`.
-
-    Args:
-        train_last_blocks: How many of the last blocks train; 1 is the head alone.
-        patterns: Ordered, regular expression -> whether it trains; the first that is found in a parameter's name
-            decides, before `train_last_blocks`.
-        train_norms: Parameters of norm layers train all the same.
-        train_biases: Biases train all the same. BitFit: Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199
-        frozen_dropout: Leave dropout on in frozen blocks; BatchNorm's statistics stay as they are.
-
-    Raises:
-        ValueError: Nothing is asked for, a pattern decides on no parameter, or nothing would train; another Freeze or
-            a finetuning callback of Lightning's.
-
-    Example:
-        >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)])  # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        train_last_blocks: int | None = None,
-        patterns: Mapping[str, bool] | None = None,
-        train_norms: bool = False,
-        train_biases: bool = False,
-        frozen_dropout: bool = False,
-    ) -> None:
-        if train_last_blocks is None and not patterns:
-            raise ValueError("Freeze needs train_last_blocks (1 for the head alone) or patterns")
-        super().__init__(frozen_dropout)
-        self.train_last_blocks, self.patterns = train_last_blocks, dict(patterns or {})
-        self.train_norms, self.train_biases = train_norms, train_biases
-        self.frozen_parameters = 0  # how many numbers are frozen
-
-    def chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Names and parameters to freeze, out of those that are not frozen already."""
-        blocks = find_blocks(module)
-        last = len(blocks) if self.train_last_blocks is None else self.train_last_blocks
-        if not 0 <= last <= len(blocks):
-            raise ValueError(f"train_last_blocks must be 0 to {len(blocks)}, not {last}; blocks: {', '.join(blocks)}")
-        norms = {
-            parameter
-            for part in module.modules()
-            if any(NORM.search(kind.__name__) for kind in type(part).__mro__)
-            for parameter in part.parameters(recurse=False)
-        }
-        trains: dict[str, bool] = {}
-        unused = set(self.patterns)
-        for position, members in enumerate(blocks.values()):
-            for name, parameter in members.items():
-                match = next((pattern for pattern in self.patterns if re.search(pattern, name)), None)
-                if match is not None:
-                    unused.discard(match)
-                    trains[name] = self.patterns[match]
-                else:
-                    trains[name] = (
-                        position >= len(blocks) - last
-                        or (self.train_norms and parameter in norms)
-                        or (self.train_biases and name.endswith("bias"))
-                    )
-        known = dict(module.named_parameters())
-        if unused:
-            pattern = min(unused)
-            raise ValueError(f"Freeze: pattern {pattern!r} decides on no parameter{_did_you_mean(pattern, known)}")
-        if not any(trains.values()):
-            raise ValueError("Freeze leaves nothing to train: raise train_last_blocks or let a pattern train")
-        return {name: known[name] for name in trains if not trains[name]}
-
-    def freeze(self, module: nn.Module) -> None:
-        """Freeze what is chosen; does nothing where that has been done."""
-        if not self.frozen:
-            self.frozen = close(self.chosen(module).values())
-            self.frozen_parameters = _count(self.frozen)
-            trains = _count(p for p in module.parameters() if p.requires_grad)
-            _say(f"freeze: {_counted(self.frozen)} frozen, {trains:,} parameters train")
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before the strategy wraps the module, so that DDP never sees frozen parameters."""
-        if stage == "fit":
-            _check_alone(trainer, self)
-            if not self.frozen <= set(pl_module.parameters()):  # else it was frozen before the fit
-                self.hand_back()
-            if any(True for _ in pl_module.parameters()):
-                self.freeze(pl_module)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze what was built late, in `configure_model` or the module's own `setup`."""
-        if not self.frozen:
-            self.freeze(pl_module)
-            rewrap(trainer, pl_module)
-        self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
-
-
-class GradualUnfreezing(_Freezing):
+class GradualUnfreezing(Freezing):
     """Opens the network block by block: the last blocks train from the start, the others join later.
 
     All parameters are in the optimiser from the first step; opening only flips `requires_grad`, so schedulers,
@@ -515,7 +193,7 @@ class GradualUnfreezing(_Freezing):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            _check_alone(trainer, self)
+            check_alone(trainer, self)
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -532,7 +210,7 @@ class GradualUnfreezing(_Freezing):
         _check_groups(trainer, self.blocks)
         found = "layer_groups()" if isinstance(pl_module, HasLayerGroups) else "inferred"
         order = " | ".join(", ".join(part) for part in self.blocks)
-        _say(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
+        say(f"unfreezing: phases of blocks, {found if self.patterns is None else 'patterns'}: {order}")
         self._show(pl_module, max(len(self.opening_steps) - 1, 0))  # more than 0 after a resume
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -556,13 +234,13 @@ class GradualUnfreezing(_Freezing):
         untried, self._untried = self._untried, {}
         for block, members in untried.items():
             missing = [name for name, parameter in members.items() if parameter.grad is None]
-            if missing and (len(missing) == len(members) or _is_compiled(pl_module)):
+            if missing and (len(missing) == len(members) or is_compiled(pl_module)):
                 raise RuntimeError(
-                    f"{block} opened at step {self.opening_steps[-1]}, but no gradient reaches {_some(missing)}: does "
+                    f"{block} opened at step {self.opening_steps[-1]}, but no gradient reaches {some(missing)}: does "
                     "forward() use it, and not under no_grad()? If it is compiled, a graph from before may be in use"
                 )
             if missing:
-                log.warning(f"unfreezing: no gradient reaches {_some(missing)}: forward() does not use it")
+                log.warning(f"unfreezing: no gradient reaches {some(missing)}: forward() does not use it")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With `monitor`: the first rank decides, for all, whether the next phase is due."""
@@ -635,131 +313,14 @@ class GradualUnfreezing(_Freezing):
         rates = sorted(float(group["lr"]) for group in groups if not opened.isdisjoint(group["params"]))
         lr = f"{rates[0]:.3g}" if rates[0] == rates[-1] else f"{rates[0]:.3g} to {rates[-1]:.3g}"
         names, now = ", ".join(chain(*self.blocks[first : self._shown + 1])), self.blocks[: self._shown + 1]
-        _say(
-            f"unfreezing: step {trainer.global_step}, epoch {trainer.current_epoch}: {names} open, {_counted(opened)} "
+        say(
+            f"unfreezing: step {trainer.global_step}, epoch {trainer.current_epoch}: {names} open, {counted(opened)} "
             f"at lr {lr}; {sum(map(len, now))} of {sum(map(len, self.blocks))} blocks"
         )
-        parameters = _count(chain(*self.phases[: self._shown + 1]))
+        parameters = count(chain(*self.phases[: self._shown + 1]))
         facts = {"unfreezing/phase": float(self._shown), "unfreezing/parameters": float(parameters)}
         for logger in trainer.loggers:
             logger.log_metrics(facts, step=trainer.global_step)
-
-
-def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
-    """Freeze parameters: no gradient from now on, and none left over for an optimiser to use; returns them."""
-    closed = set(parameters)
-    for parameter in closed:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return closed
-
-
-def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool = False) -> set[nn.Module]:
-    """Modules all of whose parameters are frozen and what lies inside them, as far as in training mode.
-
-    Args:
-        root: The network.
-        frozen: Its frozen parameters.
-        dropout: Return only modules with running statistics, so that dropout inside frozen ones stays on.
-    """
-    found: set[nn.Module] = set()
-    for module in root.modules():
-        own = set(module.parameters())
-        if own and own <= frozen:
-            found |= set(module.modules())
-    return {m for m in found if m.training and (not dropout or getattr(m, "running_mean", None) is not None)}
-
-
-def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Under DDP, wrap the module anew, for its reducer serves the parameters that train at the time of wrapping.
-
-    All ranks must call it at the same step, between an update and the next forward pass.
-    """
-    strategy: Any = trainer.strategy
-    if _is(strategy, "DDPStrategy"):
-        for parameter in pl_module.parameters():
-            parameter.grad = None  # may be a view into the old reducer's buckets
-        strategy.model = pl_module
-        gc.collect()  # the old reducer's hooks leave the parameters only when it dies
-        strategy.configure_ddp()
-
-
-def compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Stop the run where weights differ between ranks.
-
-    Raises:
-        RuntimeError: They do.
-    """
-    if trainer.world_size > 1:
-        own = int(weight_hash(pl_module.parameters()))
-        if not trainer.strategy.reduce_boolean_decision(own == trainer.strategy.broadcast(own)):
-            raise RuntimeError(
-                f"step {trainer.global_step}: weights differ between ranks, so each trains a model of its own; was a "
-                "parameter changed on one rank only, or left out of DDP's reduction?"
-            )
-
-
-def weight_hash(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A sum over the bits of all numbers, each tensor weighted by its place; one whole number."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters]
-    return torch.stack([place * b.sum(dtype=torch.int64) for place, b in enumerate(bits, 1)]).sum()
-
-
-def steps_per_epoch(trainer: Trainer) -> float:
-    """Optimiser steps in an epoch; infinite where the data has no length, or several optimisers step as they like."""
-    batches = float(trainer.num_training_batches) if len(trainer.optimizers) < 2 else math.inf
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
-
-
-def step_at_epoch(trainer: Trainer, epoch: float) -> float:
-    """Optimiser step at which an epoch begins, if it does so after now; infinite where the data has no length.
-
-    Counted from now: a run that is resumed with other batches, accumulation or devices has steps of two kinds.
-    """
-    loop, per_epoch = trainer.fit_loop, steps_per_epoch(trainer)
-    if not math.isfinite(per_epoch):
-        return math.inf
-    epochs, batches, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress, 0.0
-    if vars(epochs)["started"] > trainer.current_epoch:  # amid an epoch
-        last = batches.is_last_batch
-        done = per_epoch if last else vars(batches.current)["processed"] // trainer.accumulate_grad_batches
-    return trainer.global_step + (epoch - trainer.current_epoch) * per_epoch - done
-
-
-def steps_of_run(trainer: Trainer) -> float:
-    """Optimiser steps of the whole run, those done and those left; infinite where nobody knows.
-
-    Lightning's `estimated_stepping_batches` is -1 where the data has no length, and takes what is done before a resume
-    for what the same epochs would be now. With `fast_dev_run` it is long, for its steps are the first of a real run.
-    """
-    if getattr(trainer, "fast_dev_run", False):
-        return 1e6
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    ends = [math.inf, step_at_epoch(trainer, math.inf if epochs in (None, -1) else epochs)]
-    return min(ends if steps == -1 else [*ends, steps])
-
-
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which opening parameters later would go wrong.
-
-    Raises:
-        ValueError: The strategy is neither DDP nor a single device.
-    """
-    if not _is(trainer.strategy, "DDPStrategy", "SingleDeviceStrategy"):
-        raise ValueError(
-            f"GradualUnfreezing works on one device and under DDP; {type(trainer.strategy).__name__} fixes what "
-            "trains when it shards the module: use ddp, or Freeze for what never trains"
-        )
-
-
-def _check_alone(trainer: Trainer, callback: Callback) -> None:
-    """Refuse what would freeze and open the same parameters; Freeze and GradualUnfreezing go together."""
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is not callback and (isinstance(other, type(callback)) or _is(other, "BaseFinetuning")):
-            own, its = type(callback).__name__, type(other).__name__
-            both = f"two {own}" if own == its else f"{own} and {its}"
-            raise ValueError(f"{both} would each open what the other keeps frozen; give one of them")
 
 
 def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
@@ -767,7 +328,7 @@ def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
     members = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     known = set(members)
     lost = [name for part in phases for block in part.values() for name, p in block.items() if p not in known]
-    fault = f"in no group of the optimiser: {_some(lost)}" if lost else "a parameter is in two groups of the optimisers"
+    fault = f"in no group of the optimiser: {some(lost)}" if lost else "a parameter is in two groups of the optimisers"
     if lost or len(known) < len(members):
         raise ValueError(f"{fault}; give configure_optimizers every parameter once, frozen or not")
 
@@ -779,42 +340,10 @@ def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
     steps = (per_epoch if whole else batches / trainer.accumulate_grad_batches) * (trainer.check_val_every_n_epoch or 1)
     spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * per_epoch if trainer.min_epochs else 0.0)
     for stop in trainer.callbacks:  # type: ignore[attr-defined]
-        if _is(stop, "EarlyStopping") and not getattr(stop, "waits_for_phases", False):
+        if is_kind(stop, "EarlyStopping") and not getattr(stop, "waits_for_phases", False):
             earliest = (stop.patience + 1) * steps
             if max(earliest, spared) <= last_opening:
                 raise ValueError(
                     f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "
                     "blocks open: raise its patience, set min_epochs, or use PhaseAwareEarlyStopping"
                 )
-
-
-def _is(thing: Any, *names: str) -> bool:
-    """Whether it is of one of these classes or derived from one, in lightning or in pytorch_lightning."""
-    return any(kind.__name__ in names for kind in thing.__class__.__mro__)
-
-
-def _say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
-    (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _counted(parameters: set[nn.Parameter]) -> str:
-    return f"{len(parameters)} tensors, {_count(parameters):,} parameters"
-
-
-def _did_you_mean(pattern: str, names: Iterable[str]) -> str:
-    parts = {part for name in names for part in (name, *name.split("."))}
-    close_ones = difflib.get_close_matches(re.sub(r"[\^$\\]", "", pattern), sorted(parts), n=1)
-    return f"; did you mean {close_ones[0]!r}?" if close_ones else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -19,7 +19,6 @@ import callbacks as package
 from callbacks import EWC, GradualUnfreezing, LRWarmup
 from tests.nets import Net, quiet
 from tests.test_contracts import CASES
-from tests.test_layout import REPORT
 
 HOME = Path(package.__file__ or "").parent
 
@@ -131,37 +130,41 @@ def fit(*callbacks):
 """
 
 USES = {
-    "unfreezing": "from unfreezing import GradualUnfreezing\nfit(GradualUnfreezing(every_steps=2))",
-    "warmup": "from warmup import LRWarmup\nfit(LRWarmup(steps=2))",
+    "averaging": "from averaging import EMA\nfit(EMA(decay=0.9))",
+    "clipping": "from clipping import AGC, AutoClip\nfit(AGC())\nfit(AutoClip())",
+    "constraints": "from constraints import Constrain, RateBounds\nboth = Constrain('weight', maximum=0.1), RateBounds(1e-3)\nfit(*both)",
+    "early_stopping": "from early_stopping import PhaseAwareEarlyStopping\nfit(PhaseAwareEarlyStopping('loss'))",
     "ewc": "from ewc import EWC\nfit(EWC(save='a.safetensors'))\nfit(EWC(load='a.safetensors'))",
+    "nonfinite": "from nonfinite import StopOnNonFinite\nfit(StopOnNonFinite())",
+    "penalties": "from penalties import L1, L2, L2SP\nfit(L1(0.1), L2(0.1), L2SP(0.1))",
+    "predictions": "from predictions import PredictionWriter\nfit(PredictionWriter('p.csv'))",
+    "report": "from report import Report\nfit(Report('page'))\nassert '<!doctype' in open('page/report.html').read()",
+    "resume": "from resume import ExactResume\nfit(ExactResume(seed=0))",
+    "unfreezing": "from unfreezing import Freeze, GradualUnfreezing\nboth = GradualUnfreezing(every_steps=2), Freeze(['body.0'])\nfit(*both)",
+    "warmup": "from warmup import LRWarmup\nfit(LRWarmup(steps=2))",
 }
+TECHNIQUES = sorted(
+    p for p in HOME.iterdir() if (p.suffix == ".py" and p.stem != "__init__") or (p / "__init__.py").exists()
+)
 
 
-def test_each_file_alone_in_an_empty_project(own_folder: Path) -> None:
-    """Copied one by one into a folder where nothing else of this collection can be imported."""
+def test_each_technique_alone_in_an_empty_project(own_folder: Path) -> None:
+    """Its file or its folder copied, one by one, to where nothing else of this collection can be imported."""
+    assert {path.stem for path in TECHNIQUES} == set(USES)
     lines = [SCRIPT]
-    for path in sorted(HOME.glob("[a-z]*.py")):
-        if path.name in REPORT:
-            continue
-        (own_folder / path.stem).mkdir()
-        shutil.copy(path, own_folder / path.stem)
+    for path in TECHNIQUES:
+        own = own_folder / f"only_{path.stem}"
+        own.mkdir()
+        if path.is_dir():
+            shutil.copytree(path, own / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, own)
         lines.append(
-            f"sys.path.insert(0, {path.stem!r})\n{USES.get(path.stem, f'import {path.stem}')}\nsys.path.pop(0)"
+            f"sys.path.insert(0, {own.name!r})\n{USES[path.stem]}\nsys.path.pop(0)\nprint({path.stem!r}, 'works')"
         )
-    (own_folder / "script.py").write_text("\n".join([*lines, "print('all of them work')"]))
+    (own_folder / "script.py").write_text("\n".join(lines))
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
-    assert "all of them work" in done.stdout, done.stderr[-2000:]
-
-
-def test_the_reports_files_together_in_an_empty_project(own_folder: Path) -> None:
-    """Copied into a package of the stranger's own."""
-    (own_folder / "mine").mkdir()
-    for name in (*REPORT, "page.html", "page.css", "comparison.html"):
-        shutil.copy(HOME / name, own_folder / "mine")
-    use = "from mine.report import Report\nfit(Report('page'))\nprint(open('page/report.html').read()[:15])"
-    (own_folder / "script.py").write_text(f"{SCRIPT}\nsys.path.insert(0, '.')\n{use}")
-    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False)
-    assert "<!doctype html>" in done.stdout, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{path.stem} works" for path in TECHNIQUES], done.stderr[-2000:]
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", "ignore:No seed found")
@@ -277,7 +280,7 @@ def test_a_trainer_of_pytorch_lightning(own_folder: Path, imports: str) -> None:
     block = ""
     if imports == "pytorch_lightning":
         block = "import sys\nsys.modules['lightning'] = None\n"
-        for path in (own_folder / "callbacks").glob("*.py"):
+        for path in (own_folder / "callbacks").rglob("*.py"):
             text = path.read_text().replace("lightning.fabric", "lightning_fabric")
             path.write_text(text.replace("lightning.pytorch", "pytorch_lightning"))
     cases = {name: options for name, options in CASES.items() if name not in ("Constrain", "L2SP")}

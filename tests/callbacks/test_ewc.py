@@ -23,22 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from callbacks.ewc.callback import (
-    EWC,
-    Memory,
-    add_penalty_gradient_,
-    choose_samples,
-    dataset_labels,
-    fisher_diagonal,
-    labels_of,
-    load_memory,
-    logits_of,
-    merge,
-    penalty,
-    proximal_step_,
-    save_memory,
-    score_vectors,
-)
+from callbacks.ewc.callback import EWC
+from callbacks.ewc.fisher import fisher_diagonal, score_vectors
+from callbacks.ewc.memory import Memory, load_memory, save_memory
+from callbacks.ewc.penalty import add_penalty_gradient_, merge, penalty, proximal_step_
+from callbacks.ewc.samples import choose_samples, dataset_labels, labels_of, logits_of
 
 QUIET: dict[str, Any] = {
     "logger": False,

@@ -18,15 +18,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from callbacks import nonfinite as guards
-from callbacks.nonfinite import (
-    NonFiniteError,
-    PhaseAwareEarlyStopping,
-    Phased,
-    StopOnNonFinite,
-    sums,
-    tensors_in,
-    trace,
-)
+from callbacks.early_stopping import PhaseAwareEarlyStopping, Phased
+from callbacks.nonfinite import NonFiniteError, StopOnNonFinite, sums, tensors_in, trace
 
 
 class Scale(nn.Module):

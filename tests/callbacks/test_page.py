@@ -10,24 +10,22 @@ import pytest
 import torch
 
 import callbacks.report.page as page_module
+from callbacks.report.comparison import main
 from callbacks.report.evaluation import evaluation, label_evaluation, score_evaluation
 from callbacks.report.facts import existing, shortened
-from callbacks.report.outputs import Predictions, load_predictions, save_predictions
-from callbacks.report.page import (
+from callbacks.report.figures import (
     DEEPEST,
     confusion_figure,
     curves,
     inked,
-    main,
     reliability_figure,
-    render,
     residual_figure,
     scatter_figure,
     svg,
     threshold_figure,
-    verdict,
-    write_page,
 )
+from callbacks.report.outputs import Predictions, load_predictions, save_predictions
+from callbacks.report.page import render, verdict, write_page
 from tests.callbacks.test_report import check_page, some
 
 

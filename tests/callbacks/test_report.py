@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from callbacks import ExactResume, GradualUnfreezing, Report
 from callbacks.report.callback import MOST_POINTS
+from callbacks.report.comparison import main as report_of
 from callbacks.report.facts import grouped, is_better, plain, spread
+from callbacks.report.figures import as_uri
 from callbacks.report.outputs import Predictions, classified, gathered, load_predictions, save_predictions
-from callbacks.report.page import as_uri, render
-from callbacks.report.page import main as report_of
+from callbacks.report.page import render
 from datamodules import Digits
 from recipes.text import main as text
 from recipes.vision import VisionClassifier
@@ -483,7 +484,12 @@ def test_whatever_a_strangers_data_module_is(odd: dict[str, Any], own_folder: Pa
 
 
 @pytest.mark.parametrize(
-    "broken", ["callbacks.page.render", "callbacks.report.evaluation", "callbacks.report.save_predictions"]
+    "broken",
+    [
+        "callbacks.report.page.render",
+        "callbacks.report.callback.evaluation",
+        "callbacks.report.callback.save_predictions",
+    ],
 )
 def test_a_page_that_cannot_be_made_costs_no_run(
     broken: str, monkeypatch: pytest.MonkeyPatch, own_folder: Path
@@ -496,7 +502,7 @@ def test_a_page_that_cannot_be_made_costs_no_run(
     net = fit([report], max_epochs=2)
     quiet(callbacks=[report]).test(net, data(8), verbose=False)
     assert len(report.progress["validations"]) == 2
-    if broken == "callbacks.page.render":
+    if broken == "callbacks.report.page.render":
         assert read(own_folder / "page")["evaluation"], "the facts are written before the page"
 
 

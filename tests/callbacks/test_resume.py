@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from callbacks.resume.callback import AtomicCheckpointIO, ExactResume, counter_seed, reseed, save_atomically
+from callbacks.resume.atomic import AtomicCheckpointIO, save_atomically
+from callbacks.resume.callback import ExactResume
+from callbacks.resume.seeds import counter_seed, reseed
 from datamodules.folder import ImageFolder
 from datamodules.sampling import EpochSampler
 from tests.conftest import write_folder

@@ -20,7 +20,9 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from callbacks import ExactResume, Freeze, GradualUnfreezing, PhaseAwareEarlyStopping, layerwise_param_groups
-from callbacks.unfreezing.gradual import check_strategy, close, find_blocks, frozen_modules, infer_blocks, weight_hash
+from callbacks.unfreezing.blocks import find_blocks, infer_blocks
+from callbacks.unfreezing.freeze import close, frozen_modules
+from callbacks.unfreezing.ranks import check_strategy, weight_hash
 from tests.nets import BLOCKS, Net, data, fit, quiet, same, without_dropout
 
 
