@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from benchmarks.cifar import of_classes
 from benchmarks.measure import write_result
 from callbacks import LRWarmup
-from datamodules.images import ImageDataModule
-from datamodules.pictures import PictureArray, Pictures
+from datamodules.images.base import ImageDataModule
+from datamodules.images.sources import PictureArray, Pictures
 from recipes.parts.schedules import Cosine
 from recipes.vision import VisionClassifier
 

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 
-from datamodules.augment import shift_and_mirror, to_float
+from datamodules.images.augment import shift_and_mirror, to_float
 from recipes.parts.backbones import build_backbone
 from recipes.parts.optim import build_optimizer, param_groups
 from recipes.parts.schedules import Cosine

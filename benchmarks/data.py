@@ -28,10 +28,10 @@ from torchvision.transforms import v2
 
 from benchmarks.measure import used, write_result
 from datamodules import HuggingFaceImages, ImageFolder
-from datamodules.decoding import readable_endings
-from datamodules.file_index import list_files
-from datamodules.inspection import inspect_pictures
-from datamodules.pictures import PictureFiles
+from datamodules.files.index import list_files
+from datamodules.images.decoding import readable_endings
+from datamodules.images.inspection import inspect_pictures
+from datamodules.images.sources import PictureFiles
 
 PICTURES, EPOCHS, ROUNDS = 600, 2, 3
 

@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks.measure import interleaved, write_result
-from datamodules.images import ImageDataModule
-from datamodules.pictures import PictureArray, Pictures
+from datamodules.images.base import ImageDataModule
+from datamodules.images.sources import PictureArray, Pictures
 
 SIZE, IMAGES, BATCH, ROUNDS = 32, 10_000, 128, 7
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)

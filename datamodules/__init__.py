@@ -6,11 +6,11 @@ from .docstrings import Docstrings, PackageDocstrings
 from .flowers102 import Flowers102
 from .folder import ImageFolder
 from .food101 import Food101
-from .huggingface import HuggingFaceImages
-from .huggingface_text import HuggingFaceTexts
+from .huggingface_images import HuggingFaceImages
+from .huggingface_texts import HuggingFaceTexts
 from .masked_texts import MaskedTexts
 from .oxford_pets import OxfordPets
-from .parquet import ParquetImages
+from .parquet_images import ParquetImages
 from .stanford_dogs import StanfordDogs
 from .text_files import TextFiles
 

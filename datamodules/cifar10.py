@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torchvision import datasets
 
-from .images import ImageDataModule
-from .pictures import PictureArray, Pictures
+from .images.base import ImageDataModule
+from .images.sources import PictureArray, Pictures
 
 
 class CIFAR10(ImageDataModule):

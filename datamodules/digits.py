@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .images import ImageDataModule
-from .pictures import PictureArray, Pictures, Subset
-from .splits import stratified_split
+from .images.base import ImageDataModule
+from .images.sources import PictureArray, Pictures, Subset
+from .sampling.splits import stratified_split
 
 TEST_SHARE, TEST_SEED = 0.2, 0  # the data set has no test split of its own: this one is the same in every run
 

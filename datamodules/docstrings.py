@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .labels import label_numbers
-from .sampling import IGNORED
-from .splits import grouped_split
-from .text import TextDataModule, Texts, cached_table, progress_bars
+from .labels.values import label_numbers
+from .sampling.samplers import IGNORED
+from .sampling.splits import grouped_split
+from .texts.base import TextDataModule, Texts, cached_table, progress_bars
 
 KINDS = {
     "concurrency": "_threading_local asyncio concurrent contextvars multiprocessing queue sched signal subprocess "

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .decoding import readable_endings
-from .file_index import list_tree
-from .images import ImageDataModule
-from .pictures import PictureFiles, Pictures, Subset, existing_folder
-from .splits import stratified_split
+from .files.index import list_tree
+from .images.base import ImageDataModule
+from .images.decoding import readable_endings
+from .images.sources import PictureFiles, Pictures, Subset, existing_folder
+from .sampling.splits import stratified_split
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .sampling import IGNORED, Draw, counter_uniform
-from .text import MANY, Batch, TextDataModule, Texts, TokenBatches, Tokens, progress_bars
+from .sampling.samplers import IGNORED, Draw, counter_uniform
+from .texts.base import MANY, Batch, TextDataModule, Texts, TokenBatches, Tokens, progress_bars
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

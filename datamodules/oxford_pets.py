@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from .images import ImageDataModule
-from .official import download, listed
-from .pictures import Pictures
+from .files.official import download, listed
+from .images.base import ImageDataModule
+from .images.sources import Pictures
 
 
 class OxfordPets(ImageDataModule):

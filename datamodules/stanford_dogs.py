@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import torch
 from PIL import Image
 
-from .archives import digest, download, unpack
-from .images import ImageDataModule
-from .pictures import PictureFiles, Pictures, check_there
+from .files.archives import digest, download, unpack
+from .images.base import ImageDataModule
+from .images.sources import PictureFiles, Pictures, check_there
 
 HOME = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 ARCHIVES = {  # name -> bytes, SHA-256

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .archives import digest
-from .labels import (
+from .files.archives import digest
+from .labels.values import (
     check_separator,
     label_numbers,
     label_problem,
@@ -25,9 +25,9 @@ from .labels import (
     spelling,
     width_of_indicators,
 )
-from .sampling import IGNORED
-from .text import MANY, TextDataModule, Texts, cached_table, progress_bars
-from .text_rows import expand, is_text, rows_of
+from .sampling.samplers import IGNORED
+from .texts.base import MANY, TextDataModule, Texts, cached_table, progress_bars
+from .texts.rows import expand, is_text, rows_of
 
 READER = 2  # part of the cache's key: to be raised when the same file is read otherwise
 

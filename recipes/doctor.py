@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from datamodules.suspects import label_suspects, neighbours_say, text_suspects
+from datamodules.labels.suspects import label_suspects, neighbours_say, text_suspects
 
 from .names import stop
 from .parts.weights import load_weights

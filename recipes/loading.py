@@ -24,10 +24,10 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from datamodules import decoding
-from datamodules.decoding import evaluation_crop, readable_endings
-from datamodules.file_index import list_files
-from datamodules.pictures import decode
+from datamodules.files.index import list_files
+from datamodules.images import decoding
+from datamodules.images.decoding import evaluation_crop, readable_endings
+from datamodules.images.sources import decode
 
 from .parts.encoders import quietly
 from .runs import data_of, encoder_files, load_checkpoint, run_of_checkpoint

@@ -28,7 +28,7 @@ from callbacks.resume.atomic import AtomicCheckpointIO, save_atomically
 from callbacks.resume.callback import ExactResume
 from callbacks.resume.seeds import counter_seed, reseed
 from datamodules.folder import ImageFolder
-from datamodules.sampling import EpochSampler
+from datamodules.sampling.samplers import EpochSampler
 from tests.conftest import write_folder
 
 ROWS = 26

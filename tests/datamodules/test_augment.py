@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from datamodules import augment as A
-from datamodules.sampling import counter_uniform
+from datamodules.images import augment as A
+from datamodules.sampling.samplers import counter_uniform
 
 
 def images(batch: int = 16, size: int = 12) -> torch.Tensor:

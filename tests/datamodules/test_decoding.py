@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageOps, features
 from torchvision.transforms.v2 import functional as VF
 
-from datamodules.batches import sample_transform
-from datamodules.decoding import evaluation_crop, readable_endings
-from datamodules.pictures import decode
+from datamodules.images.batches import sample_transform
+from datamodules.images.decoding import evaluation_crop, readable_endings
+from datamodules.images.sources import decode
 
 from ..conftest import picture
 

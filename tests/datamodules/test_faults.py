@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datamodules import ImageFolder, TextFiles
-from datamodules.archives import unpack
+from datamodules.files.archives import unpack
 from tests.conftest import write_folder
 from tests.official_archives import write_tar
 from tests.tiny_encoders import tokenizer, write_csv

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules import ImageFolder, file_index
-from datamodules.file_index import MappedPaths, list_files, list_tree
-from datamodules.pictures import PictureFiles
+from datamodules import ImageFolder
+from datamodules.files import index as file_index
+from datamodules.files.index import MappedPaths, list_files, list_tree
+from datamodules.images.sources import PictureFiles
 from tests.conftest import write_folder
 
 SUFFIXES = (".jpg", ".png")

@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from datamodules import CIFAR10, Digits, HuggingFaceImages, ImageFolder, ParquetImages
-from datamodules.batches import sample_transform
-from datamodules.images import ImageDataModule
-from datamodules.pictures import decode
-from datamodules.splits import grouped_split, hold_out, limit_per_class, stratified_split
+from datamodules.images.base import ImageDataModule
+from datamodules.images.batches import sample_transform
+from datamodules.images.sources import decode
+from datamodules.sampling.splits import grouped_split, hold_out, limit_per_class, stratified_split
 
 from ..conftest import picture, write_folder, write_parquet
 

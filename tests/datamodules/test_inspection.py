@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance
 
-from datamodules.inspection import Looked, alike, inspect_pictures, look
-from datamodules.pictures import PictureFiles
+from datamodules.images.inspection import Looked, alike, inspect_pictures, look
+from datamodules.images.sources import PictureFiles
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:

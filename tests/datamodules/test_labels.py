@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 from datamodules import HuggingFaceTexts, TextFiles
-from datamodules.labels import label_name, learn_classes, positions, several_labels, width_of_indicators
+from datamodules.labels.values import label_name, learn_classes, positions, several_labels, width_of_indicators
 
 
 def csv(name: str, labels: list[Any], column: str = "label") -> str:

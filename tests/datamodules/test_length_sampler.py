@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from datamodules.sampling import Draw, LengthSampler, balanced_rows, cuts
+from datamodules.sampling.samplers import Draw, LengthSampler, balanced_rows, cuts
 
 LENGTHS = np.random.default_rng(0).integers(1, 17, 1003) * 8
 

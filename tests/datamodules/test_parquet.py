@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from datamodules import ParquetImages
-from datamodules import parquet as module
-from datamodules.sampling import BlockSampler
+from datamodules import parquet_images as module
+from datamodules.sampling.samplers import BlockSampler
 from recipes.vision import main
 
 from ..conftest import write_parquet

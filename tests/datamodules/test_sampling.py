@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.sampling import (
+from datamodules.sampling.samplers import (
     BlockSampler,
     Draw,
     EpochSampler,

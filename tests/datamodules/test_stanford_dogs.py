@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from datamodules import StanfordDogs
-from datamodules.archives import download, unpack
+from datamodules.files.archives import download, unpack
 from tests.official_archives import BOX, BREEDS, write_stanford_dogs
 
 

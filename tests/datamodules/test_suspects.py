@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from datamodules.suspects import label_suspects, neighbours_say, others_say
+from datamodules.labels.suspects import label_suspects, neighbours_say, others_say
 
 
 def test_a_suspect_needs_neighbours_of_one_voice() -> None:

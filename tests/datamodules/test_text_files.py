@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules import TextFiles, text_files
-from datamodules.text_rows import rows_of
+from datamodules.texts.rows import rows_of
 
 ROWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("two\nlines", "good"), ("déjà vu", "bad")]
 

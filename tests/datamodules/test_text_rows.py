@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from datamodules import TextFiles
-from datamodules.text_rows import Dialect, rows_of, rows_of_csv
+from datamodules.texts.rows import Dialect, rows_of, rows_of_csv
 
 MARKED = Path("marked.csv")
 

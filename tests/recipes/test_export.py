@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.decoding import evaluation_crop
+from datamodules.images.decoding import evaluation_crop
 from recipes import export as module
 from recipes import loading
 from recipes.__main__ import recipe_of

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from callbacks import predictions
-from datamodules.pictures import PictureFiles
-from datamodules.text import TokenBatches
+from datamodules.images.sources import PictureFiles
+from datamodules.texts.base import TokenBatches
 from recipes import text, vision
 from recipes.runs import load_checkpoint
 

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
+from ..sampling.samplers import IGNORED, Draw, counter_uniform, hash_seed
 from .augment import DRAWS
 from .decoding import evaluation_crop
-from .pictures import Pictures
-from .sampling import IGNORED, Draw, counter_uniform, hash_seed
+from .sources import Pictures
 
 Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
 Batch: TypeAlias = dict[str, Any]

@@ -30,13 +30,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..sampling.samplers import BlockSampler, Draw, EpochSampler
+from ..sampling.splits import check_classes, check_rows, hold_out, limit_per_class
 from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, nothing_readable, sample_transform
 from .decoding import RULES, evaluation_crop
 from .inspection import inspect_pictures
-from .pictures import PictureArray, Pictures, Subset, check_labels, flattened
-from .sampling import BlockSampler, Draw, EpochSampler
-from .splits import check_classes, check_rows, hold_out, limit_per_class
+from .sources import PictureArray, Pictures, Subset, check_labels, flattened
 
 log = logging.getLogger(__name__)
 

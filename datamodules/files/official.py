@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .pictures import PictureFiles, check_there
+from ..images.sources import PictureFiles, check_there
 
 
 def download(kind: Any, root: Path, folder: Path, archives: str) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .images import ImageDataModule
-from .labels import check_each, label_numbers, learn_classes, positions, some
-from .pictures import Pictures, decode
-from .text_rows import class_labels
+from .images.base import ImageDataModule
+from .images.sources import Pictures, decode
+from .labels.values import check_each, label_numbers, learn_classes, positions, some
+from .texts.rows import class_labels
 
 
 class HuggingFaceImages(ImageDataModule):

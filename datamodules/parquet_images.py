@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from .batches import Batch, Decoding
-from .images import ImageDataModule
-from .labels import check_each, label_numbers, learn_classes, positions
-from .pictures import Pictures, Subset, decode, flattened
-from .sampling import BlockSampler, EpochSampler, hash_seed
-from .text_rows import class_labels
+from .images.base import ImageDataModule
+from .images.batches import Batch, Decoding
+from .images.sources import Pictures, Subset, decode, flattened
+from .labels.values import check_each, label_numbers, learn_classes, positions
+from .sampling.samplers import BlockSampler, EpochSampler, hash_seed
+from .texts.rows import class_labels
 
 log = logging.getLogger(__name__)
 

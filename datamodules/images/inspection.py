@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .pictures import Pictures
+from .sources import Pictures
 
 SIDE = 16  # of the thumbnails by which rescaled copies are found
 NEAREST = 16  # pictures that each is held against cell by cell

@@ -33,9 +33,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .inspection import inspect_texts
-from .sampling import IGNORED, Draw, EpochSampler, LengthSampler
-from .splits import check_classes, check_rows, hold_out, limit_per_class
+from ..images.inspection import inspect_texts
+from ..sampling.samplers import IGNORED, Draw, EpochSampler, LengthSampler
+from ..sampling.splits import check_classes, check_rows, hold_out, limit_per_class
 
 log = logging.getLogger(__name__)
 

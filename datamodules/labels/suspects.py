@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .splits import hold_out
+from ..sampling.splits import hold_out
 
 BLOCK = 512  # samples compared with all others at a time
 MANY = 200_000  # texts, above which a linear model of them takes too long

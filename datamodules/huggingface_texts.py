@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .huggingface import load_splits
-from .labels import (
+from .huggingface_images import load_splits
+from .labels.values import (
     check_each,
     label_numbers,
     learn_classes,
@@ -19,8 +19,8 @@ from .labels import (
     several_numbers,
     width_of_indicators,
 )
-from .sampling import IGNORED
-from .text import TextDataModule, Texts
+from .sampling.samplers import IGNORED
+from .texts.base import TextDataModule, Texts
 
 
 class HuggingFaceTexts(TextDataModule):

@@ -1,0 +1,1 @@
+"""Downloads, archives, and lists of files."""

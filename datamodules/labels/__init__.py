@@ -1,0 +1,1 @@
+"""Labels in every form that files hold, and which of them are doubtful."""

@@ -1,0 +1,1 @@
+"""Splits, the order of samples, and random numbers by seed."""
