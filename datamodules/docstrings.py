@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from .labels.values import label_numbers
-from .sampling.samplers import IGNORED
+from .labels.values import IGNORED, label_numbers
 from .sampling.splits import grouped_split
-from .texts.base import TextDataModule, Texts, cached_table, progress_bars
+from .texts.base import TextDataModule
+from .texts.cache import cached_table, progress_bars
+from .texts.tokens import Texts
 
 KINDS = {
     "concurrency": "_threading_local asyncio concurrent contextvars multiprocessing queue sched signal subprocess "

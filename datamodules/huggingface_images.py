@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 
+from .files.hub import load_splits
 from .images.base import ImageDataModule
 from .images.sources import Pictures, decode
-from .labels.values import check_each, label_numbers, learn_classes, positions, some
-from .texts.rows import class_labels
+from .labels.values import check_each, label_numbers, learn_classes, positions
 
 
 class HuggingFaceImages(ImageDataModule):
@@ -135,63 +134,3 @@ class TablePictures:
     def fingerprint(self) -> str:
         """The table's, which the `datasets` library keeps."""
         return str(self.table._fingerprint)
-
-
-def load_splits(
-    source: Mapping[str, Any], split_names: Mapping[str, str | None], columns: Sequence[str]
-) -> dict[str, Any]:
-    """Splits of a data set as `datasets.Dataset`; downloads them if they are not there.
-
-    Args:
-        source: Arguments of `datasets.load_dataset`.
-        split_names: Name here to name there; those without one are left out.
-        columns: What each split must have.
-
-    Raises:
-        FileNotFoundError: No such data set, or the hub cannot be reached.
-        ValueError: A split or a column that is not there.
-    """
-    import datasets  # slow to import: only where it is used
-
-    try:
-        found = datasets.load_dataset(**source)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        where = source["data_files"] or source["path"]
-        raise FileNotFoundError(
-            f"no data set {where}: expected a name on the hub that can be reached, a folder, or a format "
-            f"(parquet, imagefolder) with data_files ({str(error).splitlines()[0]})"
-        ) from error
-    tables = {}
-    for split, name in split_names.items():
-        if name is None:
-            continue
-        if name not in found:
-            raise ValueError(f"no split {name!r} in {source['path']}: it has {', '.join(found)}")
-        for column in columns:
-            if column not in found[name].column_names:
-                has = ", ".join(found[name].column_names)
-                raise ValueError(f"no column {column!r} in split {name!r} of {source['path']}: it has {has}")
-        tables[split] = found[name]
-    check_class_labels(source["data_files"], tables)
-    return tables
-
-
-def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
-    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
-
-    Raises:
-        ValueError: Names such a file.
-    """
-    import pyarrow.parquet  # comes with datasets
-
-    kinds = {name: kind for table in tables.values() for name, kind in table.features.items()}
-    names = {name: getattr(getattr(kind, "feature", kind), "names", None) for name, kind in kinds.items()}
-    patterns = [one for given in (data_files or {}).values() for one in ([given] if isinstance(given, str) else given)]
-    files = [file for pattern in patterns for file in glob.glob(pattern) if file.endswith(".parquet")]
-    for file in files:
-        for column, own in class_labels(pyarrow.parquet.read_schema(file).metadata).items():
-            if (others := names.get(column)) is not None and list(others) != own:
-                raise ValueError(
-                    f"{file}: the classes of {column!r} are {some(own)}, and elsewhere {some(others)}: all files are "
-                    "read by one order; write them with one ClassLabel"
-                )

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .huggingface_images import load_splits
+from .files.hub import load_splits
 from .labels.values import (
+    IGNORED,
     check_each,
     label_numbers,
     learn_classes,
@@ -19,8 +20,8 @@ from .labels.values import (
     several_numbers,
     width_of_indicators,
 )
-from .sampling.samplers import IGNORED
-from .texts.base import TextDataModule, Texts
+from .texts.base import TextDataModule
+from .texts.tokens import Texts
 
 
 class HuggingFaceTexts(TextDataModule):

@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .sampling.samplers import IGNORED, Draw, counter_uniform
-from .texts.base import MANY, Batch, TextDataModule, Texts, TokenBatches, Tokens, progress_bars
+from .labels.values import IGNORED
+from .sampling.seeds import Draw, counter_uniform
+from .texts.base import TextDataModule
+from .texts.cache import MANY, progress_bars
+from .texts.tokens import Batch, Texts, TokenBatches, Tokens
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

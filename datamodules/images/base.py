@@ -30,7 +30,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..sampling.samplers import BlockSampler, Draw, EpochSampler
+from ..sampling.samplers import BlockSampler, EpochSampler
+from ..sampling.seeds import Draw
 from ..sampling.splits import check_classes, check_rows, hold_out, limit_per_class
 from . import augment as batchwise
 from .batches import Batch, Decoding, InMemory, Precomputed, Strength, as_it_is, nothing_readable, sample_transform

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
-from ..sampling.samplers import IGNORED, Draw, counter_uniform, hash_seed
+from ..labels.values import IGNORED
+from ..sampling.seeds import Draw, counter_uniform, hash_seed
 from .augment import DRAWS
 from .decoding import evaluation_crop
 from .sources import Pictures

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..sampling.leaks import Place, conflicts, counts_of, groups_of, leaks, quantiles
 from .sources import Pictures
 
 SIDE = 16  # of the thumbnails by which rescaled copies are found
@@ -29,9 +29,6 @@ CONTRAST = 0.7  # of a picture to its copy's at least: the same sign in grey and
 FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told from others
 LARGE = 200_000  # pictures above which all pairs take too long: only exact copies are found
 SAME = {"MPO": "JPEG", "DIB": "BMP"}  # formats whose files may have the ending of another
-MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]|ï»¿")
-
-Place = tuple[str, int]  # a split's name and the position in it
 
 
 class Looked(NamedTuple):
@@ -142,86 +139,6 @@ def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], wo
         "mean": [round(float(value), 4) for value in mean],
         "std": [round(float(value), 4) for value in np.sqrt(np.maximum(square - mean**2, 0))],
     }
-
-
-def inspect_texts(
-    splits: dict[str, Any], class_names: Sequence[str], lengths: dict[str, npt.NDArray[Any]], cut: dict[str, float]
-) -> dict[str, Any]:
-    """All that `recipes doctor` says of texts, as plain values.
-
-    Args:
-        splits: Name to `Texts`.
-        class_names: Names in the order of the labels.
-        lengths: Tokens of each text by split.
-        cut: Share of texts longer than is kept, by split.
-
-    Returns:
-        `splits`, each with counts; `short` and `encoding`, lists of split, text and reason; `exact`, groups of
-        (split, text) that are the same but for case and space.
-    """
-    texts = {split: [part.text(index) for index in range(len(part))] for split, part in splits.items()}
-    exact = groups_of(
-        (" ".join(text.casefold().split()).encode(), (split, index))
-        for split, some in texts.items()
-        for index, text in enumerate(tqdm(some, desc=f"looking at {split}", unit=" texts"))
-    )
-
-    def words(place: Place) -> list[str]:
-        return [place[0], " ".join(texts[place[0]][place[1]].split())]
-
-    places = [(split, index) for split, some in texts.items() for index in range(len(some))]
-    labels = {split: part.labels for split, part in splits.items()}
-    return {
-        "kind": "texts",
-        "splits": {split: counts_of(labels[split], class_names) for split in splits},
-        "unreadable": [],
-        "short": [[*words(p), "one character"] for p in places if len(texts[p[0]][p[1]].strip()) < 2],
-        "encoding": [[*words(p), "read in a wrong encoding"] for p in places if MOJIBAKE.search(texts[p[0]][p[1]])],
-        "exact": [[words(place) for place in group] for group in exact],
-        "leaks": leaks(exact),
-        "conflicts": conflicts(exact, splits),
-        "lengths": {split: quantiles(some) for split, some in lengths.items()},
-        "cut": {split: round(share, 4) for split, share in cut.items()},
-    }
-
-
-def counts_of(labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """Samples in all and of each class, where each has one."""
-    if labels.ndim > 1 or labels.is_floating_point() or not class_names:
-        return {"samples": len(labels), "classes": {}}
-    counts = torch.bincount(labels[labels >= 0], minlength=len(class_names)).tolist()
-    return {"samples": len(labels), "classes": dict(zip(class_names, counts, strict=True))}
-
-
-def quantiles(values: npt.ArrayLike) -> dict[str, int]:
-    """Least, median, 95 % and largest."""
-    found = np.asarray(values)
-    if not found.size:
-        return {}
-    marks = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-    return {name: round(float(np.quantile(found, share))) for name, share in marks.items()}
-
-
-def groups_of(keys: Iterable[tuple[bytes, Place]]) -> list[list[Place]]:
-    """Places that share a key, where several do."""
-    found: dict[bytes, list[Place]] = defaultdict(list)
-    for key, place in keys:
-        found[key].append(place)
-    return [places for places in found.values() if len(places) > 1]
-
-
-def leaks(groups: list[list[Place]]) -> dict[str, int]:
-    """How many groups reach over each pair of splits, as `train, test`."""
-    found: Counter[str] = Counter()
-    for group in groups:
-        names = list(dict.fromkeys(split for split, _ in group))
-        found.update(f"{a}, {b}" for number, a in enumerate(names) for b in names[number + 1 :])
-    return dict(found)
-
-
-def conflicts(groups: list[list[Place]], splits: dict[str, Any]) -> int:
-    """How many groups of the same content have more than one label."""
-    return sum(len({str(splits[split].labels[index].tolist()) for split, index in group}) > 1 for group in groups)
 
 
 def alike(thumbnails: npt.NDArray[np.uint8], block: int = 512) -> list[tuple[int, int, float]]:

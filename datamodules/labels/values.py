@@ -7,12 +7,13 @@ the user, for labels that count in it. Only a Hugging Face ClassLabel's integer 
 from __future__ import annotations
 
 import ast
+import glob
 import json
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -275,3 +276,34 @@ def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
 def some(names: Sequence[str]) -> str:
     """The first ten."""
     return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+
+
+def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
+    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
+
+    Raises:
+        ValueError: Names such a file.
+    """
+    import pyarrow.parquet  # comes with datasets
+
+    kinds = {name: kind for table in tables.values() for name, kind in table.features.items()}
+    names = {name: getattr(getattr(kind, "feature", kind), "names", None) for name, kind in kinds.items()}
+    patterns = [one for given in (data_files or {}).values() for one in ([given] if isinstance(given, str) else given)]
+    files = [file for pattern in patterns for file in glob.glob(pattern) if file.endswith(".parquet")]
+    for file in files:
+        for column, own in class_labels(pyarrow.parquet.read_schema(file).metadata).items():
+            if (others := names.get(column)) is not None and list(others) != own:
+                raise ValueError(
+                    f"{file}: the classes of {column!r} are {some(own)}, and elsewhere {some(others)}: all files are "
+                    "read by one order; write them with one ClassLabel"
+                )
+
+
+IGNORED = -100  # the label of a sample that fills up a rank's last batch; torch's losses ignore it by default
+
+
+def class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Names of the classes of each column that Hugging Face's metadata call a ClassLabel, or a list of these."""
+    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    inner = {name: value.get("feature", value) for name, value in features.items() if isinstance(value, dict)}
+    return {name: list(value["names"]) for name, value in inner.items() if isinstance(value, dict) and "names" in value}

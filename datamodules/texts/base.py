@@ -15,68 +15,29 @@ of the tokenizer, the length and the content.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..images.inspection import inspect_texts
-from ..sampling.samplers import IGNORED, Draw, EpochSampler, LengthSampler
+from ..sampling.samplers import EpochSampler, LengthSampler
+from ..sampling.seeds import Draw
 from ..sampling.splits import check_classes, check_rows, hold_out, limit_per_class
+from .cache import MANY, progress_bars
+from .inspection import inspect_texts
+from .tokens import Batch, Texts, TokenBatches, Tokens, WholeBatches, as_it_is, as_written, histogram
 
 log = logging.getLogger(__name__)
-
-Batch: TypeAlias = dict[str, Any]
 ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
 NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-MANY = 50_000  # texts, for which a progress bar is worth its line
-MULTIPLE = 8  # batches are padded to a multiple of this: matrix units work on tiles
-
-
-@dataclass
-class Texts:
-    """The texts of a split, or a part of them.
-
-    Args:
-        table: A `datasets.Dataset` with the column `text`, and `pair` where texts come in pairs.
-        labels: `(n,)`, or `(n, classes)` for several labels.
-        rows: Row of the table for each sample, `(n,)`; the table as it is if not given.
-        skipped: Rows of the source that were left out.
-    """
-
-    table: Any
-    labels: Tensor
-    rows: Tensor | None = None
-    skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, rows: Tensor) -> Texts:
-        """Some of the samples."""
-        return replace(self, labels=self.labels[rows], rows=rows if self.rows is None else self.rows[rows])
-
-    def row(self, index: int) -> int:
-        """Where a sample is in the table."""
-        return index if self.rows is None else int(self.rows[index])
-
-    def text(self, index: int) -> str:
-        """A sample's text; of a pair both, with a bar between them."""
-        row = self.table[self.row(index)]
-        return f"{row['text']} | {row['pair']}" if "pair" in row else str(row["text"])
 
 
 class TextDataModule(LightningDataModule):
@@ -412,175 +373,3 @@ class TextDataModule(LightningDataModule):
             raise ValueError(
                 f"the tokenizer {self.tokenizer_name!r} is not the checkpoint's: its tokens would be read as others"
             )
-
-
-class Tokens:
-    """Token numbers of many texts, read where they lie: in a memory-mapped Arrow file.
-
-    Args:
-        table: A `datasets.Dataset` with the columns `input_ids`, `truncated` and perhaps the one beside.
-        beside: Column of another number for each token.
-    """
-
-    def __init__(self, table: Any, beside: str = "token_type_ids") -> None:
-        columns = table.data.table
-        self.ids = [flat(chunk) for chunk in columns["input_ids"].chunks]
-        others = columns[beside].chunks if beside in columns.column_names else []
-        self.beside = [flat(chunk) for chunk in others]
-        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self.ids)])
-        self.lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets, _ in self.ids)])
-        self.truncated = columns["truncated"].to_numpy()
-
-    def read(self, row: int) -> list[npt.NDArray[Any]]:
-        """Tokens of one text, `(length,)`, and what is beside them."""
-        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
-        place = row - self.starts[chunk]
-        columns = (self.ids, self.beside) if self.beside else (self.ids,)
-        return [
-            values[offsets[place] : offsets[place + 1]] for offsets, values in (column[chunk] for column in columns)
-        ]
-
-
-def flat(chunk: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Offsets and values of a chunk of lists, without a copy."""
-    return chunk.offsets.to_numpy(), chunk.values.to_numpy()
-
-
-class TokenBatches(Dataset[Batch]):
-    """Whole batches of tokens, padded to their longest.
-
-    Args:
-        texts: Which texts, and their labels.
-        tokens: Those of the texts' table.
-        pad: Number of the padding token.
-        max_length: Padding goes no further.
-    """
-
-    def __init__(self, texts: Texts, tokens: Tokens, pad: int, max_length: int) -> None:
-        self.texts, self.tokens, self.pad, self.max_length = texts, tokens, pad, max_length
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def padded_lengths(self) -> Any:
-        """Length of each text, padding included, if it were a batch of its own."""
-        lengths = self.tokens.lengths
-        return self.padded(lengths if self.texts.rows is None else lengths[self.texts.rows.numpy()])
-
-    def padded(self, length: Any) -> Any:
-        """Up to a multiple of 8, but not above `max_length`."""
-        return np.minimum(-(-length // MULTIPLE) * MULTIPLE, self.max_length)
-
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
-        index = torch.tensor([draw.row for draw in draws])
-        rows = index if self.texts.rows is None else self.texts.rows[index]
-        found = [self.tokens.read(row) for row in rows.tolist()]
-        lengths = np.array([len(ids) for ids, *_ in found])
-        width = int(self.padded(lengths.max()))
-        columns = np.zeros((1 + bool(self.tokens.beside), len(found), width), np.int64)
-        columns[0] = self.pad
-        for line, text in enumerate(found):
-            for column, values in zip(columns, text, strict=True):
-                column[line, : len(values)] = values
-        labels = self.texts.labels[index]
-        labels[torch.tensor([draw.is_padding for draw in draws])] = torch.nan if labels.is_floating_point() else IGNORED
-        batch = {
-            "input_ids": torch.from_numpy(columns[0]),
-            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
-            "label": labels,
-            "index": index,
-        }
-        if self.tokens.beside:
-            batch["token_type_ids"] = torch.from_numpy(columns[1])
-        return batch
-
-
-class WholeBatches(Dataset[Batch]):
-    """For a sampler that draws whole batches.
-
-    Args:
-        batches: Makes them.
-    """
-
-    def __init__(self, batches: TokenBatches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, draws: list[Draw]) -> Batch:
-        """A whole batch."""
-        return self.batches.__getitems__(draws)
-
-
-def cached_table(key: str, features: Any, read: Callable[[], Iterator[dict[str, Any]]]) -> Any:
-    """Rows in the cache of the `datasets` library: read once, a thousand at a time, and memory-mapped afterwards.
-
-    `Dataset.from_generator` does the same and looks at each value by itself, which takes five times as long.
-
-    Args:
-        key: What the rows depend on; under the same key nothing is read again.
-        features: A `datasets.Features`, the columns.
-        read: Gives the rows.
-
-    Raises:
-        Exception: What `read` raises.
-    """
-    import datasets
-    import pyarrow
-
-    class Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
-        def _info(self) -> Any:
-            return datasets.DatasetInfo(features=features)
-
-        def _split_generators(self, dl_manager: Any) -> list[Any]:
-            return [datasets.SplitGenerator("train")]
-
-        def _generate_tables(self) -> Iterator[tuple[int, Any]]:
-            rows = read()
-            for number, some in enumerate(iter(lambda: list(itertools.islice(rows, 1000)), [])):
-                yield number, pyarrow.Table.from_pylist(some, schema=features.arrow_schema)
-
-    builder = Rows(dataset_name="texts", hash=key)
-    try:
-        builder.download_and_prepare()
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None
-    return builder.as_dataset("train")
-
-
-@contextlib.contextmanager
-def progress_bars(wanted: bool) -> Iterator[None]:
-    """Lets the `datasets` library show its bars, or not."""
-    import datasets
-
-    before = datasets.are_progress_bars_disabled()
-    (datasets.enable_progress_bars if wanted and not before else datasets.disable_progress_bars)()
-    try:
-        yield
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """Collate nothing: the data set here returns whole batches."""
-    return batch
-
-
-def as_written(token: str) -> str:
-    """A token of WordPiece, SentencePiece or byte-level BPE as it stands in a text."""
-    for mark in ("\u0120", "\u2581"):  # what byte-level BPE and SentencePiece put where a word begins
-        token = token.replace(mark, " ")
-    return token.removeprefix("##") if token.startswith("##") else token if token[:1] == " " else f" {token}"
-
-
-def histogram(lengths: npt.ArrayLike) -> str:
-    """How long texts are, on one line: median, 95 %, longest, and a bar for each eighth of the range."""
-    lengths = np.asarray(lengths)
-    if not len(lengths):
-        return "no texts"
-    counts, edges = np.histogram(lengths, bins=8, range=(0, lengths.max()))
-    bars = "".join("▁▂▃▄▅▆▇█"[int(7 * count / counts.max())] for count in counts)
-    median, most = np.percentile(lengths, (50, 95))
-    return f"{median:.0f} tokens in the median, {most:.0f} at 95 %, {lengths.max()} at most, 0 {bars} {edges[-1]:.0f}"

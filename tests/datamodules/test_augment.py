@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from datamodules.images import augment as A
-from datamodules.sampling.samplers import counter_uniform
+from datamodules.sampling.seeds import counter_uniform
 
 
 def images(batch: int = 16, size: int = 12) -> torch.Tensor:

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.sampling.samplers import (
-    BlockSampler,
-    Draw,
-    EpochSampler,
-    balanced_order,
-    counter_uniform,
-    hash_seed,
-    splitmix64,
-    splitmix64_of,
-)
+from datamodules.sampling.samplers import BlockSampler, EpochSampler, balanced_order
+from datamodules.sampling.seeds import Draw, counter_uniform, hash_seed, splitmix64, splitmix64_of
 
 
 def test_splitmix64_is_the_published_generator() -> None:

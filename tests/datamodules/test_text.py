@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from datamodules import Docstrings, MaskedTexts, PackageDocstrings, TextFiles
 from datamodules.docstrings import below, docstrings_of, read_kinds
-from datamodules.texts.base import cached_table, histogram
+from datamodules.texts.cache import cached_table
+from datamodules.texts.tokens import histogram
 from tests.tiny_encoders import tokenizer, write_csv
 
 

@@ -13,7 +13,8 @@ import pandas
 import pytest
 
 from datamodules import TextFiles
-from datamodules.texts.rows import Dialect, rows_of, rows_of_csv
+from datamodules.texts.delimited import Dialect, rows_of_csv
+from datamodules.texts.rows import rows_of
 
 MARKED = Path("marked.csv")
 

@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datamodules import ImageFolder
-from datamodules.images.inspection import alike, inspect_texts
+from datamodules.images.inspection import alike
+from datamodules.texts.inspection import inspect_texts
 from recipes.__main__ import main
 from recipes.doctor import sentences
 from tests.conftest import picture

@@ -21,7 +21,7 @@ import torch
 
 from callbacks import predictions
 from datamodules.images.sources import PictureFiles
-from datamodules.texts.base import TokenBatches
+from datamodules.texts.tokens import TokenBatches
 from recipes import text, vision
 from recipes.runs import load_checkpoint
 
