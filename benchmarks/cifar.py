@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datamodules.images.augment import shift_and_mirror, to_float
-from recipes.parts.backbones import build_backbone
+from recipes.parts.backbones.build import build_backbone
 from recipes.parts.optim import build_optimizer, param_groups
 from recipes.parts.schedules import Cosine
 

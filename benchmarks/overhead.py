@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-import recipes.cli
+import recipes.cli.command
 from benchmarks.measure import write_result
 from recipes.parts.optim import build_optimizer
 from recipes.vision import VisionClassifier, main

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from benchmarks.measure import write_result
-from recipes.names import WEIGHTS
+from recipes.cli.early import WEIGHTS
 
 CONFIG = "mlm/quickstart_pretrain"
 

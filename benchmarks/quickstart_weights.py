@@ -13,8 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from benchmarks.measure import write_result
-from recipes.names import WEIGHTS
-from recipes.runs import load_checkpoint
+from recipes.cli.early import WEIGHTS
+from recipes.cli.runs import load_checkpoint
 from recipes.vision import main
 
 NAME = "digits_0_4_resnet8"

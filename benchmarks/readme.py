@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS
-from recipes.names import config_names, find_config, header
+from recipes.cli.early import config_names, find_config, header
 
 PAGES = [Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"]
 

@@ -183,12 +183,12 @@ def ours(encoder: str, *options: str) -> None:
             *(f"--trainer.max_epochs={EPOCHS}", f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu"),
             *("--trainer.limit_val_batches=1", *options),
         ]
-        from recipes.names import start
+        from recipes.cli.early import start
 
         start("text", arguments)
         from lightning.pytorch import Callback
 
-        import recipes.cli
+        import recipes.cli.command
         from recipes.text import main
 
         class Clock(Callback):

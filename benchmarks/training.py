@@ -75,7 +75,7 @@ def bare(root: str) -> None:
 
 def ours(root: str, *options: str) -> None:
     """The recipe, through its command line."""
-    from recipes.names import start
+    from recipes.cli.early import start
 
     arguments = [
         *("fit", "--config", "vision/folder_resnet50", "--model.backbone", "resnet18", "--model.weights=null"),
@@ -86,7 +86,7 @@ def ours(root: str, *options: str) -> None:
     start("vision", arguments)
     from lightning.pytorch import Callback
 
-    import recipes.cli
+    import recipes.cli.command
     from recipes.vision import main
 
     class Clock(Callback):

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .names import config_names, did_you_mean, find_config, greet, header, stop
+from .cli.early import config_names, did_you_mean, find_config, greet, header, stop
 
 HOME = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def configs() -> dict[str, str]:
 def backbones() -> dict[str, str]:
     """Names in the table of backbones."""
     found: dict[str, str] = {}
-    for node in ast.walk(ast.parse((HOME / "parts" / "backbones.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((HOME / "parts" / "backbones" / "build.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Family":
             names = next(keyword.value for keyword in node.keywords if keyword.arg == "names")
             found |= dict.fromkeys(ast.literal_eval(names), "")
@@ -111,7 +111,7 @@ def show(name: str) -> None:
                         print(f"{package}.{name}\n\n{ast.get_docstring(node)}")
             return
     if name in backbones():
-        from .parts.backbones import backbone_facts
+        from .parts.backbones.build import backbone_facts
 
         for key, value in backbone_facts(name)._asdict().items():
             print(f"{key:12} {value}")
@@ -193,13 +193,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop(str(error))
     elif arguments.command == "doctor":
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
-        from .doctor import FINDINGS, doctor
+        from .cli.doctor import FINDINGS, doctor
 
         sys.exit(doctor(recipe.main, ["--config", arguments.config, *rest], arguments.json or FINDINGS))
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan needs no data, so it asks no network for any
         recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
-        from .plan import plan
+        from .cli.plan import plan
 
         plan(recipe.main, ["--config", arguments.config, *rest], samples=arguments.samples)
 

@@ -36,14 +36,15 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from . import __version__, names
-from .loading import Restored, pixels, restore, samples_for
-from .parts import small_resnet
+from . import __version__
+from .cli import early as names
+from .cli.screen import quieten, speak
+from .deploy.graphs import PictureGraph, TokenGraph
+from .deploy.restored import Restored, pixels, restore, samples_for
+from .deploy.snippets import PICTURES, PIXELS, lines_for
+from .parts.backbones import small_resnet
 from .parts.encoders import quietly
-from .parts.graphs import PictureGraph, TokenGraph
-from .screen import quieten, speak
 from .text import save_for_transformers
-from .usage import PICTURES, PIXELS, lines_for
 
 FORMATS = ("safetensors", "onnx", "torch", "hf")
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order differ by a hundredth of it ...

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__, names
+from . import __version__
+from .cli import early as names
 
 if __name__ == "__main__":
     names.start("mlm", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
@@ -26,12 +27,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from .classifier import Classifier
-from .cli import RecipeCLI
+from .cli.command import RecipeCLI
+from .cli.runs import with_weights_of
 from .parts.encoders import build_masked_lm, encoder_blocks, encoder_path, fill_in, max_tokens, quietly
 from .parts.losses import IGNORED
 from .parts.schedules import Linear
-from .runs import with_weights_of
+from .training.base import Classifier
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Annotated, Any
 
-from . import names
+from .cli import early as names
 
 try:
     import litserve
@@ -43,9 +43,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .loading import Restored, pixels, restore
-from .parts.graphs import PROBABILITIES
-from .screen import quieten
+from .cli.screen import quieten
+from .deploy.graphs import PROBABILITIES
+from .deploy.restored import Restored, pixels, restore
 
 MEGABYTE = 2**20
 MOST_PIXELS = 50_000_000  # of a picture: decoded they take 150 MB

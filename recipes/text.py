@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__, names
+from . import __version__
+from .cli import early as names
 
 if __name__ == "__main__":
     names.start("text", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
@@ -27,15 +28,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .classifier import Classifier
-from .cli import RecipeCLI
+from .cli.command import RecipeCLI
+from .cli.runs import data_of, encoder_of, glance, with_weights_of
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
-from .runs import data_of, encoder_of, glance, with_weights_of
+from .training.base import Classifier
 
 log = logging.getLogger(__name__)
 

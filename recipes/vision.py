@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__, names
+from . import __version__
+from .cli import early as names
 
 if __name__ == "__main__":
     names.start("vision", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
@@ -29,17 +30,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .classifier import Classifier
-from .cli import RecipeCLI
-from .parts.backbones import backbone_facts, build_backbone
+from .cli.command import RecipeCLI
+from .cli.runs import data_of, glance
+from .parts.backbones.build import backbone_facts, build_backbone
+from .parts.backbones.weights import load_weights
 from .parts.features import extract, fingerprint
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, WeightKind, classification_loss, mass
 from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
-from .parts.weights import load_weights
-from .runs import data_of, glance
+from .training.base import Classifier
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes import names
 from recipes.__main__ import main as command
+from recipes.cli import early as names
 
 from .conftest import write_folder, write_parquet
 from .official_archives import write_flowers102, write_oxford_pets, write_stanford_dogs

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import PAGES, PARTS, filled
-from recipes import names, text, vision
+from recipes import text, vision
+from recipes.cli import early as names
 from tests.conftest import write_folder
 from tests.nets import Net, data
 from tests.tiny_encoders import tiny_encoder

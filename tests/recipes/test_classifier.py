@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from callbacks import L2, ExactResume
-from recipes.classifier import Classifier
 from recipes.mlm import MaskedLanguageModel
 from recipes.parts.losses import IGNORED
 from recipes.parts.schedules import Constant, Cosine, Linear, OneCycle, Polynomial, Step, WarmupStableDecay
 from recipes.text import TextClassifier
+from recipes.training.base import Classifier
 from recipes.vision import VisionClassifier
 from tests.nets import quiet, same
 from tests.tiny_encoders import tiny_encoder

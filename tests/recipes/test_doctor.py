@@ -20,7 +20,7 @@ from datamodules import ImageFolder
 from datamodules.images.inspection import alike
 from datamodules.texts.inspection import inspect_texts
 from recipes.__main__ import main
-from recipes.doctor import sentences
+from recipes.cli.doctor import sentences
 from tests.conftest import picture
 from tests.tiny_encoders import tiny_encoder
 

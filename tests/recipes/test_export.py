@@ -17,14 +17,14 @@ from PIL import Image
 
 from datamodules.images.decoding import evaluation_crop
 from recipes import export as module
-from recipes import loading
 from recipes.__main__ import recipe_of
+from recipes.cli.runs import load_checkpoint
+from recipes.deploy import restored as loading
+from recipes.deploy.graphs import PictureGraph
+from recipes.deploy.restored import restore
+from recipes.deploy.snippets import PICTURES, PIXELS
 from recipes.export import compare, export, main
-from recipes.loading import restore
-from recipes.parts.graphs import PictureGraph
-from recipes.runs import load_checkpoint
 from recipes.text import main as text
-from recipes.usage import PICTURES, PIXELS
 from recipes.vision import main as vision
 from tests.conftest import picture, write_folder
 from tests.tiny_encoders import sentence, tiny_encoder, write_csv

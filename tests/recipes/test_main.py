@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import names
 from recipes.__main__ import main
+from recipes.cli import early as names
 
 
 def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -18,7 +18,7 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_ls_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    from recipes.parts.backbones import FAMILIES
+    from recipes.parts.backbones.build import FAMILIES
 
     screen = output(capsys, "ls")
     for word in ("vision", "Digits", "ImageFolder", "PredictionWriter", *names.config_names()):

@@ -20,14 +20,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from recipes import names
 from recipes.__main__ import main as command
-from recipes.cli import check_writable
-from recipes.mistakes import unwrapped
-from recipes.plan import Phases
-from recipes.runs import glance, load_checkpoint
-from recipes.screen import Bar, EpochLines, console, counted, progress
-from recipes.summary import describe_data, describe_model, model_name
+from recipes.cli import early as names
+from recipes.cli.command import check_writable
+from recipes.cli.mistakes import unwrapped
+from recipes.cli.plan import Phases
+from recipes.cli.runs import glance, load_checkpoint
+from recipes.cli.screen import Bar, EpochLines, console, counted, progress
+from recipes.cli.summary import describe_data, describe_model, model_name
 from recipes.vision import main
 
 QUICK = ["fit", "--config", "vision/quickstart", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]

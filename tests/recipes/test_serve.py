@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.loading import pixels, restore
+from recipes.deploy.restored import pixels, restore
 from recipes.text import TextClassifier
 from recipes.vision import VisionClassifier
 from tests.conftest import picture

@@ -29,10 +29,10 @@ from datamodules.images import decoding
 from datamodules.images.decoding import evaluation_crop, readable_endings
 from datamodules.images.sources import decode
 
-from .parts.encoders import quietly
-from .runs import data_of, encoder_files, load_checkpoint, run_of_checkpoint
-from .text import TextClassifier
-from .vision import VisionClassifier
+from ..cli.runs import data_of, encoder_files, load_checkpoint, run_of_checkpoint
+from ..parts.encoders import quietly
+from ..text import TextClassifier
+from ..vision import VisionClassifier
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .backbones import Backbone, backbone_facts, nearest_name
+from .build import Backbone, backbone_facts, nearest_name
 
 SHIPPED = resources.files("recipes") / "weights"
 

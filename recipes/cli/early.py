@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-CONFIGS = Path(__file__).parent / "configs"
-WEIGHTS = Path(__file__).parent / "weights"
+CONFIGS = Path(__file__).parents[1] / "configs"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 SUBCOMMANDS = {
     "fit": "train; with --test, test the best checkpoint afterwards",
     "validate": "evaluate on the validation split",

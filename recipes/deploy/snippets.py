@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from .loading import READING
-from .parts.backbones import FAMILIES, backbone_facts
-from .parts.small_resnet import SmallResNet
+from ..parts.backbones.build import FAMILIES, backbone_facts
+from ..parts.backbones.small_resnet import SmallResNet
+from .restored import READING
 
 PIXELS = f'''{READING.replace("{", "{{").replace("}", "}}")}
 

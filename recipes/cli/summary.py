@@ -16,7 +16,7 @@ from .runs import glance
 from .screen import console, counted
 
 if TYPE_CHECKING:
-    from .cli import RecipeCLI
+    from .command import RecipeCLI
 
 
 NEXT = {"vision": "--data.predict_root path/to/new", "text": "--data.predict_file new.txt"}

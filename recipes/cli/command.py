@@ -35,10 +35,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import callbacks
 import datamodules
 
-from . import names
+from ..parts import schedules
+from ..parts.optim import MuonWithAdamW
+from . import early as names
 from .mistakes import explain, sentence_of, unwrapped
-from .parts import schedules
-from .parts.optim import MuonWithAdamW
 from .runs import (
     SaveRunConfig,
     glance,
@@ -444,7 +444,7 @@ def nameable() -> list[type]:
 
 def check_siblings() -> None:
     """A folder called `callbacks` or `datamodules` where the command is typed must not stand in for ours."""
-    home = Path(__file__).resolve().parents[1]
+    home = Path(__file__).resolve().parents[2]
     for package in (callbacks, datamodules):
         found = Path(package.__file__ or next(iter(package.__path__))).resolve()
         if home not in found.parents:

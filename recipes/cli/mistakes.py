@@ -14,9 +14,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch import callbacks as lightning_callbacks
 from torch.optim.lr_scheduler import LRScheduler
 
-from .names import did_you_mean
+from .early import did_you_mean
 
-OURS = [Path(__file__).resolve().parents[1] / package for package in ("recipes", "callbacks", "datamodules")]
+OURS = [Path(__file__).resolve().parents[2] / package for package in ("recipes", "callbacks", "datamodules")]
 
 
 def explain(message: str, parser: Any, argv: Sequence[str], classes: Iterable[type], recipe: str) -> str:

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from datamodules.labels.suspects import label_suspects, neighbours_say, text_suspects
 
-from .names import stop
-from .parts.weights import load_weights
+from ..parts.backbones.weights import load_weights
+from .early import stop
 from .screen import console
 
 FINDINGS = Path("runs") / "doctor" / "doctor.json"  # below the folder where the command is typed, beside the runs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoders import Pooling, pool
+from ..parts.encoders import Pooling, pool
 
 PROBABILITIES: dict[str, Any] = {  # by problem; a score has none
     "single_label_classification": lambda logits: logits.softmax(1),

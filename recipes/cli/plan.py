@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .names import stop
-from .parts.optim import build_optimizer, describe
-from .parts.schedules import Plateau, Schedule
+from ..parts.optim import build_optimizer, describe
+from ..parts.schedules import Plateau, Schedule
+from .early import stop
 
 ASSUMED_SAMPLES = 10_000
 

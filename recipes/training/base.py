@@ -14,9 +14,9 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from .parts.losses import weights_by_count
-from .parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
-from .parts.schedules import Plateau, Schedule
+from ..parts.losses import weights_by_count
+from ..parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
+from ..parts.schedules import Plateau, Schedule
 
 log = logging.getLogger(__name__)
 
