@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from datamodules.images.augment import shift_and_mirror, to_float
 from recipes.parts.backbones.build import build_backbone
-from recipes.parts.optim import build_optimizer, param_groups
+from recipes.parts.optim import build_optimizer
+from recipes.parts.param_groups import param_groups
 from recipes.parts.schedules import Cosine
 
 

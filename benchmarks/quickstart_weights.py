@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import write_result
 from recipes.cli.early import WEIGHTS
-from recipes.cli.runs import load_checkpoint
+from recipes.parts.checkpoints import load_checkpoint
 from recipes.vision import main
 
 NAME = "digits_0_4_resnet8"

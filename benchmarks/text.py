@@ -199,8 +199,8 @@ def ours(encoder: str, *options: str) -> None:
                 if trainer.current_epoch == EPOCHS - 1 and not trainer.sanity_checking:
                     report_end()
 
-        defaults = recipes.cli.RecipeCLI.default_callbacks
-        recipes.cli.RecipeCLI.default_callbacks = lambda self, **k: [Clock(), *defaults(self, **k)]  # type: ignore
+        defaults = recipes.cli.command.RecipeCLI.default_callbacks
+        recipes.cli.command.RecipeCLI.default_callbacks = lambda self, **k: [Clock(), *defaults(self, **k)]  # type: ignore
         main(arguments)
 
 

@@ -97,8 +97,8 @@ def ours(root: str, *options: str) -> None:
             if trainer.current_epoch == 1:  # type: ignore[attr-defined]
                 report_end()
 
-    defaults = recipes.cli.RecipeCLI.default_callbacks
-    recipes.cli.RecipeCLI.default_callbacks = lambda self, **k: [*defaults(self, **k), Clock()]  # type: ignore
+    defaults = recipes.cli.command.RecipeCLI.default_callbacks
+    recipes.cli.command.RecipeCLI.default_callbacks = lambda self, **k: [*defaults(self, **k), Clock()]  # type: ignore
     main(arguments)
 
 

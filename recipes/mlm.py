@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__
-from .cli import early as names
+from .cli import early
 
 if __name__ == "__main__":
-    names.start("mlm", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
+    early.start("mlm", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
 
 import logging
 from collections.abc import Callable, Iterable
@@ -28,18 +27,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from .cli.command import RecipeCLI
-from .cli.runs import with_weights_of
+from .parts.checkpoints import with_weights_of
 from .parts.encoders import build_masked_lm, encoder_blocks, encoder_path, fill_in, max_tokens, quietly
 from .parts.losses import IGNORED
 from .parts.schedules import Linear
-from .training.base import Classifier
+from .training.base import RecipeModule
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
 
-class MaskedLanguageModel(Classifier):
+class MaskedLanguageModel(RecipeModule):
     """An encoder that learns to fill in words.
 
     Gururangan et al. 2020, Don't Stop Pretraining, https://arxiv.org/abs/2004.10964: some epochs on the texts of a
@@ -57,6 +56,7 @@ class MaskedLanguageModel(Classifier):
         lr_multipliers: Ordered pattern -> factor on the learning rate.
     """
 
+    recipe = "mlm"
     monitor = ("val/loss", "min")
     per_class = None
 
@@ -73,9 +73,6 @@ class MaskedLanguageModel(Classifier):
     ) -> None:
         super().__init__(vocab_size, None, optimizer, schedule, layer_decay, lr_multipliers)
         self.save_hyperparameters()
-        for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
-            if callable(self.hparams[name]):
-                del self.hparams[name]
         self.filled_in = MeanMetric()
         self.net = build_masked_lm(encoder, architecture, vocab_size, pretrained)
 
@@ -117,14 +114,9 @@ class MaskedLanguageModel(Classifier):
         loss = F.cross_entropy(logits, target, reduction="sum") / max(len(target), 1)
         return loss, (logits.argmax(1) == target).sum(), len(target)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is needed to use the checkpoint without the code that trained it."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["recipe"] = {
-            "name": "mlm",
-            "encoder": self.net.config.to_dict(),
-            "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
-        }
+    def facts(self) -> dict[str, Any]:
+        """The encoder's configuration."""
+        return {"encoder": self.net.config.to_dict()}
 
 
 class MaskedLanguageCLI(RecipeCLI):
@@ -143,14 +135,14 @@ class MaskedLanguageCLI(RecipeCLI):
         except (ValueError, OSError) as error:
             if self.plan and isinstance(error, FileNotFoundError):
                 return 1000
-            names.stop(str(error))
+            early.stop(str(error))
 
     def instantiate_classes(self) -> None:
         """Refuse texts that are longer than the encoder takes."""
         super().instantiate_classes()
         most = max_tokens(self.model.net)
         if most is not None and self.datamodule.max_length > most:
-            names.stop(f"data.max_length is {self.datamodule.max_length}, and the encoder takes {most} at most")
+            early.stop(f"data.max_length is {self.datamodule.max_length}, and the encoder takes {most} at most")
 
     def after_fit(self) -> None:
         """Write the best checkpoint as a folder that plain transformers, and `recipes.text`, open."""

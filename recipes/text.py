@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__
-from .cli import early as names
+from .cli import early
+from .parts.checkpoints import save_for_transformers
 
 if __name__ == "__main__":
-    names.start("text", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
+    early.start("text", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
 
 import functools
 import logging
@@ -29,14 +29,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
-from .cli.runs import data_of, encoder_of, glance, with_weights_of
-from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool, quietly
+from .cli.overrides import take_class_names
+from .parts.checkpoints import encoder_of, glance
+from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
-from .training.base import Classifier
+from .training.base import RecipeModule
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ MONITORS = {
 }
 
 
-class TextClassifier(Classifier):
+class TextClassifier(RecipeModule):
     """A pretrained encoder with a new head.
 
     Args:
@@ -82,6 +83,8 @@ class TextClassifier(Classifier):
             time.
     """
 
+    recipe = "text"
+
     def __init__(
         self,
         num_classes: int,
@@ -107,9 +110,6 @@ class TextClassifier(Classifier):
     ) -> None:
         super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
         self.save_hyperparameters()
-        for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
-            if callable(self.hparams[name]):
-                del self.hparams[name]
         single = problem_type == "single_label_classification"
         if not single and (class_weights or label_smoothing or loss != "cross_entropy"):
             raise ValueError(f"class_weights, label_smoothing and the focal loss are for one label, not {problem_type}")
@@ -216,14 +216,9 @@ class TextClassifier(Classifier):
         self.log_dict(metrics, prog_bar=split == "val", batch_size=1)  # type: ignore[arg-type]
         return logits
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is needed to use the checkpoint without the code that trained it."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["recipe"] = {
-            "name": "text",
-            "encoder": self.net.config.to_dict(),
-            "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
-        }
+    def facts(self) -> dict[str, Any]:
+        """The encoder's configuration."""
+        return {"encoder": self.net.config.to_dict()}
 
 
 class TextCLI(RecipeCLI):
@@ -240,10 +235,7 @@ class TextCLI(RecipeCLI):
         """A checkpoint brings the names of its classes, and its encoder's architecture and tokenizer."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
-        unknown = config.data.init_args.get("class_names", "") is None
-        self.names_learnt = bool(self.subcommand != "fit" and config.ckpt_path and unknown)
-        if self.names_learnt:  # also those of another data module
-            config.data.init_args.class_names = data_of(glance(config.ckpt_path)).get("class_names")
+        self.names_learnt = self.subcommand != "fit" and take_class_names(config)  # also those of another data module
         if self.subcommand == "predict" and config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir():
             config.model.encoder = str(encoder_of(glance(config.ckpt_path)) or config.model.encoder)
             log.info("encoder: %s", config.model.encoder)
@@ -257,7 +249,7 @@ class TextCLI(RecipeCLI):
             data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
         most = max_tokens(self.model.net)
         if most is not None and data.max_length > most:
-            names.stop(
+            early.stop(
                 f"data.max_length is {data.max_length}, and {self.model.hparams['encoder']} takes {most} at most"
             )
 
@@ -270,26 +262,6 @@ class TextCLI(RecipeCLI):
             if folder.is_dir():
                 log.info("for transformers: AutoModelForSequenceClassification.from_pretrained(%r)", str(folder))
         super().after_fit()
-
-
-def save_for_transformers(model: TextClassifier, checkpoint: str | Path, data: Any, folder: Path) -> None:
-    """Write a folder for `AutoModelForSequenceClassification.from_pretrained`, with class names and tokenizer.
-
-    Args:
-        model: Of which the checkpoint is.
-        checkpoint: Whose weights to write.
-        data: Its `class_names` and `tokenizer`.
-        folder: Where to.
-    """
-    if model.pooling != "model":
-        log.info("no folder for transformers: its classifiers have other heads than pooling %s", model.pooling)
-        return
-    net = with_weights_of(model.net, checkpoint)
-    net.config.id2label = dict(enumerate(data.class_names))
-    net.config.label2id = {name: label for label, name in enumerate(data.class_names)}
-    with quietly():
-        net.save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
 
 
 def main(args: ArgsType = None, *, plan: bool = False) -> TextCLI:

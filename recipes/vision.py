@@ -10,44 +10,41 @@ from __future__ import annotations
 
 import sys
 
-from . import __version__
-from .cli import early as names
+from .cli import early
+from .training.precompute import precompute
 
 if __name__ == "__main__":
-    names.start("vision", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
+    early.start("vision", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
 
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
-from .cli.runs import data_of, glance
-from .parts.backbones.build import backbone_facts, build_backbone
-from .parts.backbones.weights import load_weights
-from .parts.features import extract, fingerprint
+from .cli.overrides import take_class_names
+from .parts.backbones import backbone_facts, build_backbone, load_weights
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, WeightKind, classification_loss, mass
 from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
-from .training.base import Classifier
+from .training.base import RecipeModule
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
 
-class VisionClassifier(Classifier):
+class VisionClassifier(RecipeModule):
     """A pretrained backbone with a new head.
 
     Args:
@@ -82,6 +79,7 @@ class VisionClassifier(Classifier):
 
     mean: Tensor
     std: Tensor
+    recipe = "vision"
     monitor = ("val/accuracy", "max")  # what the best checkpoint is best in
 
     def __init__(
@@ -111,9 +109,6 @@ class VisionClassifier(Classifier):
     ) -> None:
         super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
         self.save_hyperparameters()
-        for name in ("optimizer", "schedule"):  # from the command line these are plain values; else a pickle
-            if callable(self.hparams[name]):
-                del self.hparams[name]
         build = functools.partial(
             build_backbone, backbone, image_size=image_size, small_stem=small_stem, aux=aux_weight > 0
         )
@@ -226,15 +221,9 @@ class VisionClassifier(Classifier):
         self.log_dict(metrics, prog_bar=split == "val", batch_size=max(kept, 1))  # type: ignore[arg-type]
         return logits
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is needed to use the checkpoint without the code that trained it."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["recipe"] = {
-            "name": "vision",
-            "mean": list(self.backbone.mean),
-            "std": list(self.backbone.std),
-            "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
-        }
+    def facts(self) -> dict[str, Any]:
+        """Mean and standard deviation that images are normalised with."""
+        return {"mean": list(self.backbone.mean), "std": list(self.backbone.std)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Pictures are normalised as in training, whatever the backbone's table says by now."""
@@ -270,9 +259,8 @@ class VisionCLI(RecipeCLI):
         """Fill in the picture's size where neither the data nor the model says one; a checkpoint brings class names."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
-        unknown = config.data.init_args.get("predict_root") and config.data.init_args.get("class_names", "") is None
-        if self.subcommand == "predict" and config.ckpt_path and unknown:
-            config.data.init_args.class_names = data_of(glance(config.ckpt_path)).get("class_names")
+        if self.subcommand == "predict" and config.data.init_args.get("predict_root"):
+            take_class_names(config)
         facts = backbone_facts(config.model.backbone)
         given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
         config.model.image_size = size = next(value for value in given if value is not None)
@@ -294,48 +282,6 @@ class VisionCLI(RecipeCLI):
                     callback.freeze(self.model)
             folder = Path(config.trainer.default_root_dir or ".") / "runs" / "features"
             precompute(self.model, self.datamodule, config.feature_views, folder)  # type: ignore[arg-type]
-
-
-def precompute(model: VisionClassifier, data: Any, views: int, folder: Path) -> None:
-    """Let a data module serve the backbone's features in place of its pictures.
-
-    Args:
-        model: Its whole backbone is frozen.
-        data: An image data module; `data.features` is filled for each of its splits.
-        views: Augmented views of each training picture; one, without augmentation, says all.
-        folder: Where the features lie, each split's in a file named by a hash of all that it depends on.
-
-    Raises:
-        ValueError: The backbone trains, or pictures are mixed: features would be wrong after a step.
-    """
-    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        raise ValueError("feature_views needs a frozen backbone: add the callback Freeze with train_last_blocks=1")
-    if data.mixup or data.cutmix:
-        raise ValueError("feature_views can't mix pictures: set data.mixup and data.cutmix to 0")
-    data.prepare_data()
-    data.setup("fit")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    for split in ("train", "val", "test"):
-        if split not in data.splits:
-            continue
-        augmented = split == "train" and data.augment != "none"
-        chosen: list[int | None] = list(range(views)) if augmented else [None]
-        kind = type(data.view_dataloader(split, None).dataset).__name__  # decodes what is to lie in memory
-        facts = (data.augment if augmented else "none", chosen, data.seed, data.image_size, kind, data.flip)
-        data.features[split] = extract(
-            lambda images: model.backbone(model.normalise(images)),
-            [batches_of(data, split, view, device) for view in chosen],
-            len(data.splits[split].labels),
-            folder / f"{fingerprint(model.backbone, *facts, data.fingerprint(split))}.f32",
-        )
-    model.train()
-
-
-def batches_of(data: Any, split: str, view: int | None, device: torch.device) -> Iterator[Batch]:
-    """Every picture of a split once, as in evaluation or as augmented in epoch `view`, on a device."""
-    for batch in data.view_dataloader(split, view):
-        yield data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
 
 
 def main(args: ArgsType = None, *, plan: bool = False) -> VisionCLI:

@@ -4,73 +4,148 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 HOME = Path(__file__).resolve().parents[1]
+PACKAGES = ("recipes", "callbacks", "datamodules")
+FILES = sorted(path for package in PACKAGES for path in (HOME / package).rglob("*.py"))
 STANDARD = set(sys.stdlib_module_names) | {"__future__"}
-SCIENCE = {"torch", "numpy", "lightning", "typing_extensions"}
 
-MAY_IMPORT = {
-    "recipes/parts": {"torch", "numpy", "torchvision", "transformers", "peft", "torchmetrics", "safetensors", "timm"},
-    "recipes": SCIENCE
-    | {"torchmetrics", "torchvision", "jsonargparse", "yaml", "rich", "tqdm", "callbacks", "datamodules"}
-    | {"safetensors", "tokenizers", "transformers", "onnx", "onnxruntime", "onnxscript"}  # recipes.export writes them
+OTHERS = {"callbacks", "callbacks/*", "datamodules", "datamodules/*"}
+ROOMS: dict[str, set[str]] = {  # room -> rooms that its files may import from, besides their own
+    "recipes": {"recipes/cli", "recipes/training", "recipes/deploy", "recipes/parts"} | OTHERS,
+    "recipes/cli": {"recipes/training", "recipes/parts"} | OTHERS,
+    "recipes/training": {"recipes/parts"} | OTHERS,
+    "recipes/deploy": {"recipes/cli", "recipes/training", "recipes/parts"} | OTHERS,
+    "recipes/parts": set(),
+    "callbacks": {"callbacks/*"},  # the package's list of names; the techniques know nothing of each other
+    "callbacks/*": set(),
+    "datamodules": {"datamodules/*"},
+    "datamodules/*": {"datamodules/*"},
+}
+LIBRARIES = {  # package, or room -> what of other people's its files may import
+    "recipes/parts": {"torch", "torchvision", "transformers", "peft", "torchmetrics", "timm", "safetensors"},
+    "recipes": {
+        "torch",
+        "torchvision",
+        "lightning",
+        "torchmetrics",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "safetensors",
+    }
+    | {"jsonargparse", "yaml", "rich", "tqdm", "typing_extensions"}
+    | {"onnx", "onnxruntime", "onnxscript"}  # recipes.export writes with them
     | {"litserve", "fastapi", "starlette", "PIL"},  # recipes.serve; the second and third come with the first
-    "callbacks": {"torch", "lightning", "torchmetrics", "safetensors", "jinja2", "matplotlib", "pyarrow"},
-    "datamodules": SCIENCE
-    | {"torchvision", "datasets", "pyarrow", "tokenizers", "transformers", "PIL", "scipy", "sklearn"}
-    | {"filelock", "fsspec", "tqdm"},
+    "callbacks/report": {"torch", "lightning", "torchmetrics", "safetensors", "jinja2", "matplotlib"},
+    "callbacks/predictions.py": {"torch", "lightning", "pyarrow"},
+    "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
+    "datamodules": {"torch", "torchvision", "lightning", "datasets", "transformers", "tokenizers", "numpy"}
+    | {"pyarrow", "PIL", "scipy", "sklearn", "filelock", "fsspec", "tqdm"},
 }
-ONLY_CLI = {"callbacks", "datamodules"}  # the one place where the three packages meet is recipes/cli.py ...
-ALSO = {  # ... but for these
-    "loading.py": {"datamodules"},  # reads a picture to predict as one to train on is read
-    "doctor.py": {"datamodules"},  # labels of pictures, whose features a recipe knows, are judged as those of texts
-    "classifier.py": {"callbacks"},  # counts a run's steps as the warm-up and the phases do
+LONG = {  # files of more than 400 lines, and why they are one
 }
-ONLY_THERE = {  # of the callbacks; imported where used
-    "pyarrow": {"predictions.py"},
-    "jinja2": {"page.py"},
-    "matplotlib": {"page.py"},
-}
-FILES = sorted(p for package in ("recipes", "callbacks", "datamodules") for p in (HOME / package).rglob("*.py"))
 
 
-def imports(tree: ast.Module) -> set[str]:
-    """Top-level packages that a file imports absolutely, anywhere in it."""
-    found = set()
-    for node in ast.walk(tree):
+def name_of(path: Path) -> str:
+    return path.relative_to(HOME).as_posix()
+
+
+def room_of(path: Path) -> str:
+    """The folder, without the folders inside a part."""
+    package, *folders = path.relative_to(HOME).parent.parts
+    return "/".join([package, *folders[:1]])
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports: at its top, in a function, for types only, or by a name in a string."""
+    own = module_of(path).split(".")
+    package = own if path.name == "__init__.py" else own[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{module}.{alias.name}" if f"{module}.{alias.name}" in MODULES else module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield by_string(node.args[0], path)
+
+
+def by_string(argument: ast.expr, path: Path) -> str:
+    """The module that a string names; of a string with a gap, one of those that it could."""
+    start = argument.values[0] if isinstance(argument, ast.JoinedStr) else argument
+    assert isinstance(start, ast.Constant), f"{name_of(path)} imports what only a run can tell"
+    return str(start.value) if start is argument else next(m for m in MODULES if m.startswith(str(start.value)))
+
+
+def allowed(path: Path, target: Path) -> bool:
+    """Whether the rule lets one file of ours import another."""
+    own, its = room_of(path), room_of(target)
+    general = {name: f"{name.split('/')[0]}/*" if name not in ROOMS else name for name in (own, its)}
+    if target == HOME / "recipes" / "__init__.py":  # the version alone
+        return own.split("/")[0] == "recipes"
+    return own == its or general[its] in ROOMS[general[own]]
+
+
+def strangers(path: Path) -> list[str]:
+    """What a file imports against the rules."""
+    library = next(known for room, known in LIBRARIES.items() if f"{name_of(path)}/".startswith(f"{room}/"))
+    found = []
+    for module in imports(path):
+        if module.split(".")[0] in PACKAGES:
+            if not allowed(path, MODULES[module]):
+                found.append(module)
+        elif module.split(".")[0] not in STANDARD | library:
+            found.append(module)
     return found
 
 
-def room(path: Path) -> str:
-    folder = path.relative_to(HOME).parent.as_posix()
-    return folder if folder in MAY_IMPORT else folder.split("/")[0]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(HOME).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_only_what_its_room_may(path: Path) -> None:
-    allowed = MAY_IMPORT[room(path)]
-    if path.name != "cli.py":
-        allowed = allowed - (ONLY_CLI - ALSO.get(path.name, set()))
-    if room(path) == "callbacks":
-        allowed = allowed - {package for package, files in ONLY_THERE.items() if path.name not in files}
-    strangers = imports(ast.parse(path.read_text())) - STANDARD - allowed
-    assert not strangers, f"{path.name} imports {strangers}; {room(path)} may import {sorted(allowed)}"
+    assert not strangers(path), f"{name_of(path)} imports {strangers(path)}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "parts" in p.parts], ids=lambda p: p.name)
-def test_parts_know_no_trainer_and_no_command_line(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.ImportFrom) and node.level > 1), f"{path.name} reaches out of parts"
+def test_nothing_goes_round_in_a_circle() -> None:
+    ours = {path: {MODULES[m] for m in imports(path) if m in MODULES} - {path} for path in FILES}
+    try:
+        TopologicalSorter(ours).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(map(name_of, error.args[1])))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(HOME).as_posix())
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from recipes.vision import main",
+        "def late():\n    from ..text import TextClassifier",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recipes.cli.command import RecipeCLI",
+        "import importlib\nmodel = importlib.import_module('recipes.cli.runs')",
+        "from importlib import import_module\nmodel = import_module(f'recipes.{1}')",
+        "import callbacks",
+        "import lightning",
+    ],
+)
+def test_a_part_that_reaches_out_is_seen(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = HOME / "recipes" / "parts" / "losses.py"
+    monkeypatch.setattr(Path, "read_text", lambda self: line)
+    assert strangers(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_public_thing_has_a_docstring(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
@@ -79,12 +154,17 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
             assert ast.get_docstring(node), f"{node.name} in {path.name} has no docstring"
 
 
+def test_no_file_is_two_things() -> None:
+    long = {name_of(path) for path in FILES if len(path.read_text().splitlines()) > 400}
+    assert long == set(LONG)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
 def test_every_config_weight_and_template_is_packaged() -> None:
     import tomllib
 
     patterns = tomllib.loads((HOME / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for package in ("recipes", "callbacks", "datamodules"):
+    for package in PACKAGES:
         packaged = {path for pattern in patterns.get(package, ()) for path in (HOME / package).glob(pattern)}
         data = {p for p in (HOME / package).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
         assert data == packaged
@@ -93,28 +173,3 @@ def test_every_config_weight_and_template_is_packaged() -> None:
 def test_no_room_for_leftovers() -> None:
     names = {p.stem for p in FILES} | {p.parent.name for p in FILES}
     assert not names & {"utils", "helpers", "common", "misc"}
-
-
-REPORT = {
-    "comparison.py",
-    "evaluation.py",
-    "facts.py",
-    "outputs.py",
-    "page.py",
-    "report.py",
-}  # one callback, too long to be read as one file
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in sorted((HOME / "callbacks").glob("[a-z]*.py")) if p.name not in REPORT], ids=lambda p: p.name
-)
-def test_a_callback_file_stands_alone(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path.name} imports a sibling"
-
-
-@pytest.mark.parametrize("name", sorted(REPORT))
-def test_the_reports_files_need_none_but_each_other(name: str) -> None:
-    for node in ast.walk(ast.parse((HOME / "callbacks" / name).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            assert f"{node.module}.py" in REPORT

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from datamodules.labels.suspects import label_suspects, neighbours_say, text_suspects
 
-from ..parts.backbones.weights import load_weights
+from ..parts.backbones import load_weights
 from .early import stop
 from .screen import console
 
@@ -49,7 +49,7 @@ def doctor(main: Callable[..., Any], args: list[str], file: Path = FINDINGS) -> 
         found["suspects"] = suspects(cli.model, cli.datamodule, cli.planned_weights)
     elif cli.datamodule.class_names:
         found["suspects"] = text_suspects(cli.datamodule)
-    found["data"] = data_config(cli)
+    found["data"] = data_config(cli.config["fit"])
     text = json.dumps(found, indent=1, ensure_ascii=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")  # names of files may be no text
@@ -84,9 +84,9 @@ def findings(found: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
-def data_config(cli: Any) -> Any:
+def data_config(config: Any) -> Any:
     """What the command line says of the data, as plain values."""
-    return json.loads(json.dumps(cli.config[cli.subcommand].data.as_dict(), default=str))
+    return json.loads(json.dumps(config.data.as_dict(), default=str))
 
 
 def show_counts(screen: Console, found: dict[str, Any]) -> None:

@@ -6,17 +6,19 @@ Standard library and YAML only: mistakes in a name are told at once, before torc
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import yaml
+
+from ..parts.spelling import did_you_mean
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -50,14 +52,6 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(
         f"config {name!r} is neither a file nor a shipped config{hint}\npython -m recipes ls configs lists them."
     )
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest known word, or those of that name in any folder; or nothing."""
-    known = list(known)
-    near = [k for k in known if k.rsplit("/")[-1] == word] or get_close_matches(word, known, n=1, cutoff=0.5)
-    near = near or [k for k in known if k.rsplit("/")[-1] == word.rsplit("/")[-1]][:1]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def stop(message: str) -> NoReturn:
@@ -96,11 +90,29 @@ def start(recipe: str, argv: Sequence[str]) -> None:
     the time of a step; asleep, they cost up to a tenth of it alone (benchmarks/results/threads.json).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    check_siblings()
     check_command(recipe, argv)
     if "--quiet" not in argv and "--help" not in argv:
         greet(f"{recipe} {argv[0]}")
     if not hub_can_be_found():
         os.environ["HF_HUB_OFFLINE"] = "1"  # its library would try for 25 s before it says so
+
+
+def check_siblings() -> None:
+    """A folder called `callbacks` or `datamodules` where the command is typed must not stand in for ours."""
+    home = Path(__file__).resolve().parents[2]
+    for package in ("callbacks", "datamodules"):
+        spec = importlib.util.find_spec(package)
+        found = Path(
+            (spec.origin and Path(spec.origin).parent) or next(iter(spec.submodule_search_locations or ["."]))
+            if spec
+            else "."
+        ).resolve()
+        if found != home / package:
+            stop(
+                f"the folder {found} hides this collection's own {package!r} package.\n"
+                f"Run `python -P -m recipes...` (Python 3.11 and later), or type the command in another folder."
+            )
 
 
 def hub_can_be_found(seconds: float = 3) -> bool:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch import callbacks as lightning_callbacks
 from torch.optim.lr_scheduler import LRScheduler
 
-from .early import did_you_mean
+from ..parts.spelling import did_you_mean
 
 OURS = [Path(__file__).resolve().parents[2] / package for package in ("recipes", "callbacks", "datamodules")]
 

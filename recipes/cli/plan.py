@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..parts.optim import build_optimizer, describe
+from ..parts.optim import build_optimizer
+from ..parts.param_groups import describe
 from ..parts.schedules import Plateau, Schedule
 from .early import stop
 

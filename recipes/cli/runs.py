@@ -1,25 +1,84 @@
-"""A run's folder: its config, what a checkpoint in it knows, and what a resumed run finds there."""
+"""A run: its folder, what lies in it, and what is known of it in the end."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import hashlib
-import json
 import logging
 import os
-import zipfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ..parts.checkpoints import run_of_checkpoint
+from . import early
+
 log = logging.getLogger(__name__)
 
-READS = {"--data.predict_root": "ImageFolder", "--data.predict_file": "TextFiles"}  # whatever was trained on
+
+@dataclass
+class FinishedRun:
+    """A run that is over, or was interrupted, for who tells of it.
+
+    Args:
+        recipe: Its name, such as `vision`.
+        subcommand: fit, validate, test or predict.
+        config: Of the subcommand.
+        folder: The run's.
+        started: When its command began, in seconds since 1970.
+        trainer: Whose callbacks know the rest.
+        model: A recipe's module.
+        data: The data module.
+        next_command: What to type next, where that is not to predict.
+    """
+
+    recipe: str
+    subcommand: str
+    config: Any
+    folder: Path
+    started: float
+    trainer: Any
+    model: Any
+    data: Any
+    next_command: str | None = None
+
+    @property
+    def report(self) -> Any:
+        """The callback of the report; `None` where there is none."""
+        return next((callback for callback in self.trainer.callbacks if type(callback).__name__ == "Report"), None)
+
+    @property
+    def best(self) -> str:
+        """Path of the best checkpoint of a fit, or nothing."""
+        return getattr(self.trainer.checkpoint_callback, "best_model_path", "") if self.subcommand == "fit" else ""
+
+
+def folder_for(config: Any, recipe: str, subcommand: str, started: float) -> Path:
+    """`runs/<recipe>/<config>/<time>` below the trainer's `default_root_dir`; a resumed run keeps its own.
+
+    Args:
+        config: Of the subcommand.
+        recipe: Its name.
+        subcommand: fit, validate, test or predict.
+        started: When the command began.
+    """
+    before = run_of_checkpoint(config.get("ckpt_path"))
+    if before and subcommand == "fit":
+        return before.resolve()  # one spelling, or Lightning takes it for another run and forgets the best
+    name = Path(str(config.config[0])).stem if config.get("config") else "run"
+    if name == "config":  # a finished run's own config: keep the name that run had
+        name = Path(str(config.config[0])).absolute().parents[1].name
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(started))
+    if subcommand != "fit":
+        stamp += f"-{subcommand}"
+    parent = Path(config.trainer.default_root_dir or ".") / "runs" / recipe / name
+    folder, again = parent / stamp, 2
+    while folder.exists() and "LOCAL_RANK" not in os.environ:
+        folder, again = parent / f"{stamp}-{again}", again + 1
+    return folder.resolve()
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -51,160 +110,25 @@ class SaveRunConfig(SaveConfigCallback):
     on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
-def run_of_checkpoint(path: str | None) -> Path | None:
-    """The folder of the run that wrote a checkpoint, if the checkpoint still lies in it."""
-    folder = Path(path).parent.parent if path else None
-    return folder if folder and (folder / "config.yaml").is_file() else None
-
-
-def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
-    """Where only a checkpoint is given, its run's config goes in front of the other arguments.
-
-    To predict, a checkpoint that lies elsewhere is enough: then it says itself how the model was built.
-    """
-    if any(a in ("-c", "--config") or a.startswith("--config=") for a in args):
-        return args
-    for position, word in enumerate(args):
-        path = word.removeprefix("--ckpt_path=") if "=" in word else args[position + 1 : position + 2]
-        if word.split("=")[0] == "--ckpt_path" and path:
-            file = path if isinstance(path, str) else path[0]
-            whose = glance(file).get("recipe", {}).get("name") if Path(file).is_file() else None
-            if whose not in (None, recipe):
-                raise ValueError(f"checkpoint {file} is of {whose}: recipes.{recipe} can't open it")
-            run = run_of_checkpoint(file)
-            if run:
-                log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
-                return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
-            if args[0] == "predict":
-                rebuilt = options_of_checkpoint(path if isinstance(path, str) else path[0], recipe, chosen_data(args))
-                return [args[0], *rebuilt, *args[1:]]
-    return args
-
-
-def with_files_to_predict(args: list[str]) -> list[str]:
-    """What names files to predict names the data module that reads them, whichever the model was trained on."""
-    if args[:1] != ["predict"] or chosen_data(args):
-        return args
-    for position, word in enumerate(args):
-        if (key := word.split("=")[0]) in READS:
-            return [*args[:position], f"--data={READS[key]}", *args[position:]]
-    return args
-
-
-def chosen_data(args: list[str]) -> str | None:
-    """The data module that a command line names."""
-    for word, following in zip(args, [*args[1:], None], strict=True):
-        if word.split("=")[0] == "--data":
-            return word.removeprefix("--data=") if "=" in word else following
-    return None
-
-
-def options_of_checkpoint(path: str, recipe: str, chosen: str | None) -> list[str]:
-    """The command line that builds a checkpoint's model again, where the run's config is not beside it.
-
-    Args:
-        path: The checkpoint.
-        recipe: Whose it must be, such as `vision`.
-        chosen: The data module to predict with.
-
-    Raises:
-        ValueError: It is another recipe's; or nothing says what to predict.
-    """
-    content = glance(path)
-    data = data_of(content)
-    whose = content.get("recipe", {}).get("name")
-    if whose != recipe:
-        raise ValueError(f"checkpoint {path} is of {whose or 'another program'}: recipes.{recipe} can't open it")
-    if chosen is None:
-        raise ValueError(
-            f"checkpoint {path} has no config.yaml of its run beside it: say what to predict with {' or '.join(READS)}"
-        )
-    follows = ("num_classes", "problem_type")  # from the data
-    model = {k: v for k, v in content["hyper_parameters"].items() if k not in follows and not k.startswith("_")}
-    if model.get("image_size", 0) is None:
-        model["image_size"] = data.get("image_size")
-    words = {f"model.{name}": value for name, value in model.items()}
-    words |= {f"data.{name}": data[name] for name in ("problem_type", "max_length") if name in data}
-    if data.get("problem_type") == "regression":
-        words["data.label_column"] = data["class_names"][0]
-    return [f"--data={chosen}"] + [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in words.items()
-    ]
-
-
-def data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What the data module wrote into a checkpoint, whichever it was; nothing, where there was none."""
-    states = [state for state in checkpoint.values() if isinstance(state, dict)]
-    return next((state for state in states if "class_names" in state), {})
-
-
-def encoder_files(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Name -> content of a folder with the architecture and the tokenizer that a text checkpoint holds."""
-    config = checkpoint.get("recipe", {}).get("encoder")
-    return {"config.json": json.dumps(config), **data_of(checkpoint).get("tokenizer_files", {})} if config else {}
-
-
-def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
-    """A folder of `encoder_files`; none, where a checkpoint holds no tokenizer."""
-    files = encoder_files(checkpoint)
-    if len(files) < 2:
-        return None
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:32]
-    folder = Path(torch.hub.get_dir()).parent / "encoders" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        beside = folder / f"{name}.{os.getpid()}"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)  # several ranks do the same
-    return folder
-
-
-def load_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, read without running any code in it.
-
-    Args:
-        path: The file.
-        mapped: Whether tensors stay in the file, which must not be written to while they are used.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds a pickle of more than tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
-    try:
-        mapped = mapped and zipfile.is_zipfile(path)  # torch can't map what it wrote before 1.6
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0]
-        if "weights_only" in reason:  # torch's advice would run what is in it
-            reason = "it is none, is damaged, or holds more than these"
-        raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
-    return content
-
-
-def glance(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content for who asks for names and numbers in it: opened once by a command, its tensors unread."""
-    status = Path(path).stat() if Path(path).is_file() else None
-    return _glanced(str(path), status and (status.st_mtime_ns, status.st_size))
-
-
-@functools.lru_cache(maxsize=1)
-def _glanced(path: str, version: tuple[int, int] | None) -> dict[str, Any]:
-    return load_checkpoint(path, mapped=True)
-
-
-def with_weights_of(net: Any, checkpoint: str | Path) -> Any:
-    """A model of transformers like the recipe's `net`, with the weights that it had in a checkpoint."""
-    state = {k: v for k, v in load_checkpoint(checkpoint)["state_dict"].items() if k.startswith("net.")}
-    saved = type(net)(copy.deepcopy(net.config))
-    saved.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
-    return saved
-
-
 def keep_metrics(folder: Path) -> None:
     """Put the metrics of a run that is resumed aside: Lightning's CSV logger would delete them."""
     metrics = folder / "metrics.csv"
     if metrics.is_file() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         earlier = len(list(folder.glob("metrics.part*.csv")))
         metrics.rename(folder / f"metrics.part{earlier + 1}.csv")
+
+
+def check_writable(folder: Path) -> None:
+    """End the program where a run's folder cannot be made."""
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        early.stop(f"{there} is a file, and the run's folder goes below it: move it, or set trainer.default_root_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        early.stop(f"no permission to write in {there}, where the run's folder goes: set trainer.default_root_dir")
+
+
+def started() -> float:
+    """When the command began, the same on all ranks that one command starts."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["RECIPES_STARTED"] = str(time.time())
+    return float(os.environ.get("RECIPES_STARTED", time.time()))

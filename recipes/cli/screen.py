@@ -9,7 +9,10 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import (
+    ProgressBar,
+    RichProgressBar,
+)
 from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -39,7 +42,7 @@ class Lines(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def speak(*, quiet: bool = False) -> None:
+def configure_logging(*, quiet: bool = False) -> None:
     """Let this collection say on the screen, once, what it does: `log.info` in its modules.
 
     Args:
@@ -55,7 +58,7 @@ def speak(*, quiet: bool = False) -> None:
             logger.addHandler(rich if screen.is_terminal else Lines())
 
 
-def quieten() -> None:
+def filter_warnings() -> None:
     """Silence what Lightning says about choices that are made on purpose here."""
     for pattern in (
         ".*does not have many workers.*",  # none are needed for pictures in memory

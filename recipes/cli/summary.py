@@ -7,40 +7,37 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 
+from ..parts.checkpoints import glance
 from .doctor import FINDINGS, data_config, sentences
-from .runs import glance
+from .runs import FinishedRun
 from .screen import console, counted
-
-if TYPE_CHECKING:
-    from .command import RecipeCLI
-
 
 NEXT = {"vision": "--data.predict_root path/to/new", "text": "--data.predict_file new.txt"}
 
 
-def print_summary(cli: RecipeCLI, tested: Mapping[str, float] | None = None) -> None:
+def print_summary(run: FinishedRun, tested: Mapping[str, float] | None = None) -> None:
     """Print the summary on the first rank.
 
     Args:
-        cli: The finished command line.
+        run: That is over.
         tested: Test metrics of the best checkpoint, where `fit --test` computed them.
     """
-    if not cli.trainer.is_global_zero or getattr(cli.trainer, "fast_dev_run", False):
+    if not run.trainer.is_global_zero or getattr(run.trainer, "fast_dev_run", False):
         return
-    if cli.quiet:
-        print(short(str(cli.folder)))
+    if run.config.quiet:
+        print(short(str(run.folder)))
         return
-    print_rows(f"{cli.recipe} {cli.subcommand}", summary_rows(cli, tested))
+    print_rows(f"{run.recipe} {run.subcommand}", summary_rows(run, tested))
 
 
-def print_interruption(cli: RecipeCLI) -> None:
+def print_interruption(run: FinishedRun) -> None:
     """Say, on the first rank, what a run that was stopped by hand or by its cluster leaves, and how to go on."""
-    if cli.trainer.is_global_zero:
-        print_rows(f"{cli.recipe} {cli.subcommand} was interrupted", interruption_rows(cli))
+    if run.trainer.is_global_zero:
+        print_rows(f"{run.recipe} {run.subcommand} was interrupted", interruption_rows(run))
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -51,20 +48,19 @@ def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
         screen.print(f"[bold]{name:10}[/bold]  ", escape(text), sep="", soft_wrap=True, highlight=False)
 
 
-def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tuple[str, str]]:
+def summary_rows(run: FinishedRun, tested: Mapping[str, float] | None) -> list[tuple[str, str]]:
     """The rows, as plain text."""
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    trained = cli.report.progress.get("trained") if cli.subcommand == "fit" and hasattr(cli, "report") else None
+    trainer, model, data = run.trainer, run.model, run.data
+    trained = run.report.progress.get("trained") if run.subcommand == "fit" and run.report is not None else None
     rows = [("data", describe_data(data)), ("model", describe_model(model, trained))]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") if cli.subcommand == "fit" else ""
-    if cli.subcommand == "fit":
-        rows.append(("best", best_so_far(cli) or nothing_best(cli)))
-    figures = tested if tested is not None else metrics if cli.subcommand in ("validate", "test") else {}
+    if run.subcommand == "fit":
+        rows.append(("best", best_so_far(run) or nothing_best(run)))
+    figures = tested if tested is not None else metrics if run.subcommand in ("validate", "test") else {}
     if figures:
         split = next(iter(figures)).split("/")[0]
         there = split != "test" or "test" in getattr(data, "splits", ("test",))
-        of = "" if best or cli.subcommand != "fit" else "; of the last weights, for none are best"
+        of = "" if run.best or run.subcommand != "fit" else "; of the last weights, for none are best"
         rows.append(
             (split, describe_metrics(figures) + of)
             if there
@@ -73,58 +69,58 @@ def summary_rows(cli: RecipeCLI, tested: Mapping[str, float] | None) -> list[tup
         worst = sorted((v, k.split("/")[-1]) for k, v in figures.items() if "accuracy_of/" in k)[:3]
         if worst:
             rows.append(("hardest", ", ".join(f"{name} {value:.3f}" for value, name in worst)))
-    rows.append(("time", f"{time.time() - cli.started:.0f} s, precision {trainer.precision}"))
-    rows.append(("folder", short(str(cli.folder))))
-    if (cli.folder / "report.html").is_file():
-        rows.append(("report", short(str(cli.folder / "report.html"))))
-    if cli.subcommand == "predict":
+    rows.append(("time", f"{time.time() - run.started:.0f} s, precision {trainer.precision}"))
+    rows.append(("folder", short(str(run.folder))))
+    if (run.folder / "report.html").is_file():
+        rows.append(("report", short(str(run.folder / "report.html"))))
+    if run.subcommand == "predict":
         rows += [("written", callback.written()) for callback in trainer.callbacks if hasattr(callback, "written")]  # type: ignore[attr-defined]
-    if best:
-        rows.append(("checkpoint", short(best)))
-        predict = f"python -m recipes.{cli.recipe} predict --ckpt_path {short(best)} {NEXT.get(cli.recipe, '')}"
-        rows.append(("next", getattr(cli, "next_command", predict)))
+    if run.best:
+        rows.append(("checkpoint", short(run.best)))
+        predict = f"python -m recipes.{run.recipe} predict --ckpt_path {short(run.best)} {NEXT.get(run.recipe, '')}"
+        rows.append(("next", run.next_command or predict))
     return rows
 
 
-def best_so_far(cli: RecipeCLI) -> str:
+def best_so_far(run: FinishedRun) -> str:
     """The best value of the monitored metric, and how long it took; nothing before the first validation."""
-    trainer: Any = cli.trainer
+    trainer: Any = run.trainer
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     if score is None:
         return ""
-    monitored = getattr(trainer.checkpoint_callback, "monitor", None) or cli.model.monitor[0]  # type: ignore[index]
+    monitored = getattr(trainer.checkpoint_callback, "monitor", None) or run.model.monitor[0]
     steps = f"{counted(trainer.current_epoch, 'epoch')}, {counted(trainer.global_step, 'optimiser step')}"
     return f"{monitored} {float(score):.4f}, of {steps}"
 
 
-def nothing_best(cli: RecipeCLI) -> str:
+def nothing_best(run: FinishedRun) -> str:
     """Why a finished fit has no best checkpoint."""
-    trainer: Any = cli.trainer
+    trainer: Any = run.trainer
     steps = counted(trainer.global_step, "optimiser step")
     if trainer.checkpoint_callback is None:
         return "no checkpoint: trainer.enable_checkpointing is off"
-    if cli.model.monitor[0] in trainer.callback_metrics:  # type: ignore[index]
+    if run.model.monitor[0] in trainer.callback_metrics:
         return "no checkpoint is marked as best"
-    last = cli.folder / "checkpoints" / "last.ckpt"
+    last = run.folder / "checkpoints" / "last.ckpt"
     kept = f"; the last weights are in {short(str(last))}" if last.is_file() else "; nothing was saved"
     return f"none: the fit ended after {steps}, before its first validation{kept}"
 
 
-def interruption_rows(cli: RecipeCLI) -> list[tuple[str, str]]:
+def interruption_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """Where a run was stopped, what is saved, and the command that goes on."""
-    trainer: Any = cli.trainer
-    run = f"python -m recipes.{cli.recipe} {cli.subcommand}"
-    if cli.subcommand == "predict":
-        given = cli.config["predict"].predictions
+    trainer: Any = run.trainer
+    command = f"python -m recipes.{run.recipe} {run.subcommand}"
+    if run.subcommand == "predict":
+        given = run.config.predictions
         again = "the same command goes on where this one stopped" if given else "nothing; give --predictions FILE"
         return [("saved", f"{given}.parts" if given else "nothing"), ("go on", again)]
-    if cli.subcommand != "fit":
+    if run.subcommand != "fit":
         return [("saved", "nothing"), ("again", "the same command")]
     of = f" of {trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
     rows = [("stopped", f"in epoch {trainer.current_epoch + 1}{of}, after {counted(trainer.global_step, 'step')}")]
-    if best := best_so_far(cli):
+    if best := best_so_far(run):
         rows.append(("best", f"{best}: {short(trainer.checkpoint_callback.best_model_path)}"))
-    last = cli.folder / "checkpoints" / "last.ckpt"
+    last = run.folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         kept = glance(last)
         lost = trainer.global_step - kept["global_step"]
@@ -132,41 +128,41 @@ def interruption_rows(cli: RecipeCLI) -> list[tuple[str, str]]:
         rows.append(
             ("saved", f"{short(str(last))}: {done}" + (f"; {counted(lost, 'step')} will be done again" if lost else ""))
         )
-        rows.append(("go on", f"{run} --ckpt_path {short(str(last))}"))
+        rows.append(("go on", f"{command} --ckpt_path {short(str(last))}"))
     else:
         rows.append(("saved", "no weights: the first are written when an epoch is over"))
-        if (cli.folder / "config.yaml").is_file():
-            rows.append(("again", f"{run} --config {short(str(cli.folder / 'config.yaml'))}"))
+        if (run.folder / "config.yaml").is_file():
+            rows.append(("again", f"{command} --config {short(str(run.folder / 'config.yaml'))}"))
     return rows
 
 
-def report_facts(cli: RecipeCLI) -> dict[str, Any]:
+def report_facts(run: FinishedRun) -> dict[str, Any]:
     """What the report says beside what its callback sees: names, commands, the config, the doctor's findings."""
-    run, at = f"python -m recipes.{cli.recipe}", short(str(cli.folder))
+    command, at = f"python -m recipes.{run.recipe}", short(str(run.folder))
     commands = {}
-    if cli.subcommand == "fit":
-        commands["the same run again"] = f"{run} fit --config {at}/config.yaml"
-        commands["go on after an interruption"] = f"{run} fit --ckpt_path {at}/checkpoints/last.ckpt"
+    if run.subcommand == "fit":
+        commands["the same run again"] = f"{command} fit --config {at}/config.yaml"
+        commands["go on after an interruption"] = f"{command} fit --ckpt_path {at}/checkpoints/last.ckpt"
         commands["predict"] = (
-            f"{run} predict --ckpt_path {at}/checkpoints/best.ckpt {NEXT.get(cli.recipe, '')}".rstrip()
+            f"{command} predict --ckpt_path {at}/checkpoints/best.ckpt {NEXT.get(run.recipe, '')}".rstrip()
         )
-        if cli.recipe in ("vision", "text"):
+        if run.recipe in ("vision", "text"):
             commands["export"] = f"python -m recipes.export {at}/checkpoints/best.ckpt --format onnx"
     facts: dict[str, Any] = {
-        "title": f"{model_name(cli.model)} on {type(cli.datamodule).__name__}",
-        "recipe": cli.recipe,
+        "title": f"{model_name(run.model)} on {type(run.data).__name__}",
+        "recipe": run.recipe,
     }
-    found = doctors_word(cli)
+    found = load_doctor_findings(run)
     return facts | ({"commands": commands} if commands else {}) | ({"doctor": found} if found else {})
 
 
-def doctors_word(cli: RecipeCLI, file: Path = FINDINGS) -> list[str]:
+def load_doctor_findings(run: FinishedRun, file: Path = FINDINGS) -> list[str]:
     """What `recipes doctor` said of the same data, where its file lies here."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return sentences(found) if found.get("data") == data_config(cli) else []
+    return sentences(found) if found.get("data") == data_config(run.config) else []
 
 
 def short(path: str) -> str:

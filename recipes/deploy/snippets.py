@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..parts.backbones.build import FAMILIES, backbone_facts
+from ..parts.backbones import backbone_facts
+from ..parts.backbones.families import FAMILIES
 from ..parts.backbones.small_resnet import SmallResNet
 from .restored import READING
 

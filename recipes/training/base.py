@@ -1,11 +1,12 @@
-"""What every recipe's classifier does around its step: the optimiser, sums over an epoch, the plateau's metric."""
+"""What every recipe's module does around its step: the optimiser, sums over an epoch, the plateau's metric."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,15 +15,17 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from .. import __version__
 from ..parts.losses import weights_by_count
-from ..parts.optim import build_optimizer, describe, param_groups, reassert, snapshot, table
+from ..parts.optim import build_optimizer, reassert, snapshot
+from ..parts.param_groups import describe, param_groups, table
 from ..parts.schedules import Plateau, Schedule
 
 log = logging.getLogger(__name__)
 
 
-class Classifier(LightningModule):
-    """Base of the recipes' classifiers; a subclass has a net, `layer_groups` and the steps.
+class RecipeModule(LightningModule):
+    """Base of the recipes' modules; a subclass has a name, a net, `layer_groups` and the steps.
 
     Args:
         num_classes: Classes.
@@ -33,6 +36,8 @@ class Classifier(LightningModule):
         lr_multipliers: Ordered pattern -> factor on the learning rate.
     """
 
+    recipe: ClassVar[str]  # name of the command
+    known: ClassVar[dict[str, type[RecipeModule]]] = {}  # those that are imported, by name
     class_weights: Tensor | None
     epoch_sums: Tensor
     per_class: Any
@@ -60,8 +65,27 @@ class Classifier(LightningModule):
         self.step_counts: Tensor | None = None  # samples of the coming step: its first batches' mean, all so far
         self.share: Tensor | None = None  # of a batch's loss in its step; None where it is 1
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "recipe" in vars(cls):
+            RecipeModule.known[cls.recipe] = cls
+
+    def save_hyperparameters(self, *args: Any, frame: Any = None, **options: Any) -> None:
+        """As Lightning's, without an optimiser or a schedule that only a pickle could hold.
+
+        From the command line these are plain values.
+        """
+        super().save_hyperparameters(*args, frame=frame or inspect.currentframe().f_back, **options)  # type: ignore[union-attr]
+        for name in ("optimizer", "schedule"):
+            if callable(self.hparams.get(name)):
+                del self.hparams[name]
+
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says, beside arguments and weights, to be used without the code that trained it."""
         raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -152,7 +176,9 @@ class Classifier(LightningModule):
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Amid a step, what its batches so far count."""
+        """Name, facts and versions; during a step, what its batches so far count."""
+        versions = {"finetuning-recipes": __version__, "torch": str(torch.__version__)}
+        checkpoint["recipe"] = {"name": self.recipe, **self.facts(), "versions": versions}
         checkpoint["step_counts"] = self.step_counts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ def fit(*callbacks):
 USES = {
     "averaging": "from averaging import EMA\nfit(EMA(decay=0.9))",
     "clipping": "from clipping import AGC, AutoClip\nfit(AGC())\nfit(AutoClip())",
-    "constraints": "from constraints import Constrain, RateBounds\nboth = Constrain('weight', maximum=0.1), RateBounds(1e-3)\nfit(*both)",
+    "constraints": "from constraints import Constrain, RateBounds\n"
+    "fit(Constrain('weight', maximum=0.1), RateBounds(1e-3))",
     "early_stopping": "from early_stopping import PhaseAwareEarlyStopping\nfit(PhaseAwareEarlyStopping('loss'))",
     "ewc": "from ewc import EWC\nfit(EWC(save='a.safetensors'))\nfit(EWC(load='a.safetensors'))",
     "nonfinite": "from nonfinite import StopOnNonFinite\nfit(StopOnNonFinite())",
@@ -140,7 +141,8 @@ USES = {
     "predictions": "from predictions import PredictionWriter\nfit(PredictionWriter('p.csv'))",
     "report": "from report import Report\nfit(Report('page'))\nassert '<!doctype' in open('page/report.html').read()",
     "resume": "from resume import ExactResume\nfit(ExactResume(seed=0))",
-    "unfreezing": "from unfreezing import Freeze, GradualUnfreezing\nboth = GradualUnfreezing(every_steps=2), Freeze(['body.0'])\nfit(*both)",
+    "unfreezing": "from unfreezing import Freeze, GradualUnfreezing\n"
+    "fit(GradualUnfreezing(every_steps=2), Freeze(patterns={'body.0': False}))",
     "warmup": "from warmup import LRWarmup\nfit(LRWarmup(steps=2))",
 }
 TECHNIQUES = sorted(

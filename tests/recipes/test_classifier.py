@@ -21,7 +21,7 @@ from recipes.mlm import MaskedLanguageModel
 from recipes.parts.losses import IGNORED
 from recipes.parts.schedules import Constant, Cosine, Linear, OneCycle, Polynomial, Step, WarmupStableDecay
 from recipes.text import TextClassifier
-from recipes.training.base import Classifier
+from recipes.training.base import RecipeModule
 from recipes.vision import VisionClassifier
 from tests.nets import quiet, same
 from tests.tiny_encoders import tiny_encoder
@@ -42,7 +42,7 @@ BERT = {
 WEIGHTS = [0.2, 1.0, 3.0]
 
 
-def masked_language() -> tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]:
+def masked_language() -> tuple[RecipeModule, list[Any], Callable[[Any, Any], Tensor]]:
     """Batches of eight texts with as many masked tokens as `COUNTS` says; the loss by transformers' own forward."""
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -67,7 +67,7 @@ def masked_language() -> tuple[Classifier, list[Any], Callable[[Any, Any], Tenso
     return MaskedLanguageModel(60, architecture=BERT, **CHOICES), batches, loss
 
 
-def texts(problem: str, classes: int, **options: Any) -> tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]:
+def texts(problem: str, classes: int, **options: Any) -> tuple[RecipeModule, list[Any], Callable[[Any, Any], Tensor]]:
     """Batches of unlike size, as `tokens_per_batch` makes them."""
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -94,7 +94,7 @@ def texts(problem: str, classes: int, **options: Any) -> tuple[Classifier, list[
     return model, batches, loss
 
 
-def pictures() -> tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]:
+def pictures() -> tuple[RecipeModule, list[Any], Callable[[Any, Any], Tensor]]:
     """Features of pictures, in batches of one size, which class weights make unlike."""
     generator = torch.Generator().manual_seed(0)
     batches = [
@@ -112,7 +112,7 @@ def pictures() -> tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]:
     return model, batches, loss
 
 
-CASES: dict[str, Callable[[], tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]]] = {
+CASES: dict[str, Callable[[], tuple[RecipeModule, list[Any], Callable[[Any, Any], Tensor]]]] = {
     "masked language": masked_language,
     "texts": partial(texts, "single_label_classification", 3),
     "texts with class weights": partial(texts, "single_label_classification", 3, class_weights=WEIGHTS),
@@ -122,7 +122,7 @@ CASES: dict[str, Callable[[], tuple[Classifier, list[Any], Callable[[Any, Any], 
 }
 
 
-def built(name: str) -> tuple[Classifier, list[Any], Callable[[Any, Any], Tensor]]:
+def built(name: str) -> tuple[RecipeModule, list[Any], Callable[[Any, Any], Tensor]]:
     torch.manual_seed(0)
     return CASES[name]()
 
@@ -182,7 +182,7 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], **tolerance: floa
         torch.testing.assert_close(found[name], tensor, **{"rtol": 0.0, "atol": 1e-6, **tolerance}, msg=name)
 
 
-def train(name: str, **options: Any) -> Classifier:
+def train(name: str, **options: Any) -> RecipeModule:
     model, batches, _ = built(name)
     model.train()
     ranks = options.get("devices", 1)
@@ -333,7 +333,7 @@ class Used(Callback):
             trainer.save_checkpoint("end.ckpt")
 
 
-def head_alone(batches: int, schedule: Any) -> tuple[Classifier, Dealt]:
+def head_alone(batches: int, schedule: Any) -> tuple[RecipeModule, Dealt]:
     torch.manual_seed(0)
     optimizer = partial(torch.optim.SGD, lr=RATE)
     model = VisionClassifier(3, "resnet8", image_size=32, optimizer=optimizer, schedule=schedule)

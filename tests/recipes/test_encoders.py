@@ -20,7 +20,7 @@ from recipes.parts.encoders import (
     max_tokens,
     pool,
 )
-from recipes.parts.optim import param_groups
+from recipes.parts.param_groups import param_groups
 from tests.tiny_encoders import KINDS, tiny_encoder
 
 INPUT: dict[str, Any] = {

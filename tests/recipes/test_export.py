@@ -17,13 +17,14 @@ from PIL import Image
 
 from datamodules.images.decoding import evaluation_crop
 from recipes import export as module
-from recipes.__main__ import recipe_of
-from recipes.cli.runs import load_checkpoint
+from recipes.cli.catalogue import recipe_of
 from recipes.deploy import restored as loading
+from recipes.deploy.check import compare
 from recipes.deploy.graphs import PictureGraph
 from recipes.deploy.restored import restore
 from recipes.deploy.snippets import PICTURES, PIXELS
-from recipes.export import compare, export, main
+from recipes.export import export, main
+from recipes.parts.checkpoints import load_checkpoint
 from recipes.text import main as text
 from recipes.vision import main as vision
 from tests.conftest import picture, write_folder

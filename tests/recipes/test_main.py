@@ -18,7 +18,7 @@ def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_ls_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    from recipes.parts.backbones.build import FAMILIES
+    from recipes.parts.backbones.families import FAMILIES
 
     screen = output(capsys, "ls")
     for word in ("vision", "Digits", "ImageFolder", "PredictionWriter", *names.config_names()):

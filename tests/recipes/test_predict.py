@@ -23,7 +23,7 @@ from callbacks import predictions
 from datamodules.images.sources import PictureFiles
 from datamodules.texts.tokens import TokenBatches
 from recipes import text, vision
-from recipes.cli.runs import load_checkpoint
+from recipes.parts.checkpoints import load_checkpoint
 
 from ..conftest import picture, write_folder
 from ..tiny_encoders import tiny_encoder, write_csv

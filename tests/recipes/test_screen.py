@@ -22,12 +22,12 @@ from torch import nn
 
 from recipes.__main__ import main as command
 from recipes.cli import early as names
-from recipes.cli.command import check_writable
 from recipes.cli.mistakes import unwrapped
 from recipes.cli.plan import Phases
-from recipes.cli.runs import glance, load_checkpoint
+from recipes.cli.runs import check_writable
 from recipes.cli.screen import Bar, EpochLines, console, counted, progress
 from recipes.cli.summary import describe_data, describe_model, model_name
+from recipes.parts.checkpoints import glance, load_checkpoint
 from recipes.vision import main
 
 QUICK = ["fit", "--config", "vision/quickstart", "--trainer.accelerator=cpu", "--trainer.max_epochs=3"]

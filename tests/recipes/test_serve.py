@@ -24,7 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.deploy.restored import pixels, restore
+from recipes.deploy.restored import restore
+from recipes.deploy.samples import pixels
 from recipes.text import TextClassifier
 from recipes.vision import VisionClassifier
 from tests.conftest import picture
@@ -33,16 +34,8 @@ from tests.tiny_encoders import sentence, tiny_encoder, tokenizer
 pytest.importorskip("litserve")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside LitServe's dependencies
 
-from recipes.serve import (  # noqa: E402
-    RequestError,
-    answers,
-    check_free,
-    file_of_form,
-    limited,
-    main,
-    picture_of,
-    sample_of,
-)
+from recipes.deploy.requests import RequestError, file_of_form, limited, picture_of, sample_of  # noqa: E402
+from recipes.serve import answers, check_free, main  # noqa: E402
 
 CLASSES = ["a", "b", "c"]
 

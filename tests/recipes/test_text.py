@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from callbacks import EWC, L2SP, GradualUnfreezing, LRWarmup
 from datamodules import TextFiles
-from recipes.cli.runs import load_checkpoint
+from recipes.parts.checkpoints import load_checkpoint
 from recipes.text import TextClassifier, main
 from tests.nets import same
 from tests.tiny_encoders import KINDS, sentence, tiny_encoder, write_csv

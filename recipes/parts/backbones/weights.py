@@ -29,7 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .build import Backbone, backbone_facts, nearest_name
+from ..spelling import nearest_name
+from .backbone import Backbone
+from .build import backbone_facts
 
 SHIPPED = resources.files("recipes") / "weights"
 

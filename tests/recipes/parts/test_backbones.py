@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 
+from recipes.parts.backbones import backbone_facts, build_backbone
 from recipes.parts.backbones import build as backbones
-from recipes.parts.backbones.build import FAMILIES, Backbone, Family, backbone_facts, build_backbone, nearest_name
+from recipes.parts.backbones.backbone import Backbone
+from recipes.parts.backbones.families import FAMILIES, Family
 from recipes.parts.backbones.small_resnet import SmallResNet
+from recipes.parts.spelling import nearest_name
 
 NAMES = [name for family in FAMILIES for name in family.names]
 TORCHVISION = models.list_models(models)

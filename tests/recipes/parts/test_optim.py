@@ -20,7 +20,9 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, Optim
 from callbacks import layerwise_param_groups
 from callbacks.unfreezing import gradual as unfreezing
 from recipes.parts import optim
-from recipes.parts.optim import MuonWithAdamW, build_optimizer, describe, param_groups, reassert, role, snapshot
+from recipes.parts.muon import MuonWithAdamW
+from recipes.parts.optim import build_optimizer, reassert, snapshot
+from recipes.parts.param_groups import describe, param_groups, role
 from recipes.parts.schedules import Cosine, Linear, OneCycle
 
 

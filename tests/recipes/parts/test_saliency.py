@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.parts.backbones.build import build_backbone
+from recipes.parts.backbones import build_backbone
 from recipes.parts.saliency import as_shares, grad_cam, token_saliency
 
 

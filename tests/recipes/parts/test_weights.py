@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer
 
+from recipes.parts.backbones import backbone_facts, build_backbone
 from recipes.parts.backbones import weights as weights_module
-from recipes.parts.backbones.build import Backbone, backbone_facts, build_backbone
+from recipes.parts.backbones.backbone import Backbone
 from recipes.parts.backbones.weights import WeightsReport, load_weights, shipped_weights
 
 SMALL = "shufflenet_v2_x0_5"

@@ -1,0 +1,116 @@
+"""What lies in a checkpoint, read without running any code in it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .encoders import quietly
+
+
+def run_of_checkpoint(path: str | None) -> Path | None:
+    """The folder of the run that wrote a checkpoint, if the checkpoint still lies in it."""
+    folder = Path(path).parent.parent if path else None
+    return folder if folder and (folder / "config.yaml").is_file() else None
+
+
+def data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the data module wrote into a checkpoint, whichever it was; nothing, where there was none."""
+    states = [state for state in checkpoint.values() if isinstance(state, dict)]
+    return next((state for state in states if "class_names" in state), {})
+
+
+def encoder_files(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """Name -> content of a folder with the architecture and the tokenizer that a text checkpoint holds."""
+    config = checkpoint.get("recipe", {}).get("encoder")
+    return {"config.json": json.dumps(config), **data_of(checkpoint).get("tokenizer_files", {})} if config else {}
+
+
+def encoder_of(checkpoint: dict[str, Any]) -> Path | None:
+    """A folder of `encoder_files`; none, where a checkpoint holds no tokenizer."""
+    files = encoder_files(checkpoint)
+    if len(files) < 2:
+        return None
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(torch.hub.get_dir()).parent / "encoders" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        beside = folder / f"{name}.{os.getpid()}"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)  # several ranks do the same
+    return folder
+
+
+def load_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, read without running any code in it.
+
+    Args:
+        path: The file.
+        mapped: Whether tensors stay in the file, which must not be written to while they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds a pickle of more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: --ckpt_path must name a .ckpt file, runs/.../best.ckpt for one")
+    try:
+        mapped = mapped and zipfile.is_zipfile(path)  # torch can't map what it wrote before 1.6
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0]
+        if "weights_only" in reason:  # torch's advice would run what is in it
+            reason = "it is none, is damaged, or holds more than these"
+        raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
+    return content
+
+
+def glance(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content for who asks for names and numbers in it: opened once by a command, its tensors unread."""
+    status = Path(path).stat() if Path(path).is_file() else None
+    return _glanced(str(path), status and (status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def _glanced(path: str, version: tuple[int, int] | None) -> dict[str, Any]:
+    return load_checkpoint(path, mapped=True)
+
+
+def with_weights_of(net: Any, checkpoint: str | Path) -> Any:
+    """A model of transformers like the recipe's `net`, with the weights that it had in a checkpoint."""
+    state = {k: v for k, v in load_checkpoint(checkpoint)["state_dict"].items() if k.startswith("net.")}
+    saved = type(net)(copy.deepcopy(net.config))
+    saved.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+    return saved
+
+
+log = logging.getLogger(__name__)
+
+
+def save_for_transformers(model: Any, checkpoint: str | Path, data: Any, folder: Path) -> None:
+    """Write a folder for `AutoModelForSequenceClassification.from_pretrained`, with class names and tokenizer.
+
+    Args:
+        model: Of which the checkpoint is.
+        checkpoint: Whose weights to write.
+        data: Its `class_names` and `tokenizer`.
+        folder: Where to.
+    """
+    if model.pooling != "model":
+        log.info("no folder for transformers: its classifiers have other heads than pooling %s", model.pooling)
+        return
+    net = with_weights_of(model.net, checkpoint)
+    net.config.id2label = dict(enumerate(data.class_names))
+    net.config.label2id = {name: label for label, name in enumerate(data.class_names)}
+    with quietly():
+        net.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
