@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from typing import Any
@@ -43,3 +44,28 @@ class Interrupt(Callback):
             if not self.terminate:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class States(Callback):
+    """Keeps what the run's callbacks hold when training starts, which on a resume is what they were given."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.found = {
+            other.state_key: copy.deepcopy(other.state_dict())
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+        }
+
+
+class Losses(Callback):
+    """Keeps every training step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
