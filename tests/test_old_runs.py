@@ -29,7 +29,7 @@ import datamodules
 from callbacks import EWC
 from callbacks.ewc import load_memory
 from recipes.export import main as export
-from recipes.loading import restore
+from recipes.deploy.restored import restore
 from recipes.text import TextClassifier
 from recipes.text import main as text
 from recipes.vision import VisionClassifier
