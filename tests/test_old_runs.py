@@ -28,8 +28,8 @@ import callbacks
 import datamodules
 from callbacks import EWC
 from callbacks.ewc import load_memory
-from recipes.export import main as export
 from recipes.deploy.restored import restore
+from recipes.export import main as export
 from recipes.text import TextClassifier
 from recipes.text import main as text
 from recipes.vision import VisionClassifier

@@ -1,15 +1,15 @@
-"""Learning-rate schedules as functions of progress: a group's rate = its own base rate x factor(step).
+"""Learning-rate schedules as functions of progress: a group's learning rate = its own base x factor(step).
 
 Each is built from `(optimizer, total_steps, ...)` and stepped once per optimiser step. Ratios between groups
 always hold, and resuming takes nothing but the step. In YAML:
 
     schedule:
       class_path: recipes.parts.schedules.Cosine
-      init_args: {warmup_share: 0.1}
+      init_args: {warmup: 0.1}
 
-All can warm up, by `warmup_steps` or by `warmup_share` of the run: step t of a warm-up of n steps runs at
-(t + 1) / (n + 1) of the full rate, so that the first step already learns. What decays does so from the end of
-the warm-up and has reached its end in the run's last step; further steps stay there.
+All take `warmup`: step t of a warm-up of n steps runs at (t + 1) / (n + 1) of the full learning rate, so that the
+first step already learns. What decays does so from the end of the warm-up and has reached its end in the run's last
+step; further steps stay there. Options that a schedule does not name are those of its base.
 """
 
 from __future__ import annotations
@@ -23,42 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-
-def ramp(step: int, steps: int) -> float:
-    """Linear warm-up over `steps` steps: above 0 from step 0 on, 1.0 from step `steps` on."""
-    return min(1.0, (step + 1) / (steps + 1))
-
-
-def progress(step: int, first: int, last: int) -> float:
-    """Share of the way from step `first`, 0.0, to step `last`, 1.0; 0.0 where there is no way to go."""
-    return min(max((step - first) / (last - first), 0.0), 1.0) if last > first else 0.0
-
-
-def cosine(progress: float) -> float:
-    """Half a cosine, from 1.0 at progress 0.0 to 0.0 at progress 1.0."""
-    return (1.0 + math.cos(math.pi * progress)) / 2.0
-
-
-def one_cycle(step: int, total_steps: int, up_share: float, start: float, peak: float, end: float) -> float:
-    """Cosine from `start` to `peak` over the first `up_share` of the run, then to `end` in its last step."""
-    top = up_share * total_steps - 1.0  # between two steps, as a rule; before the first in a very short run
-    if step <= top and top > 0.0:
-        return peak + (start - peak) * cosine(step / top)
-    return end + (peak - end) * cosine((step - top) / (total_steps - 1.0 - top))
-
-
-def first_step(at: float, total_steps: int) -> int:
-    """The optimiser step meant by `at`: below 1 a share of the run, rounded up, from 1 on a step.
-
-    Raises:
-        ValueError: `at` is negative, or a step beyond the run.
-    """
-    if not 0 <= at < max(total_steps, 1):
-        raise ValueError(
-            f"expected a share of the run (0 <= share < 1) or one of its {total_steps} steps, received {at:g}: "
-            "the rate would never change there; give an earlier step, or a share, or train longer"
-        )
-    return math.ceil(at * total_steps - 1e-9) if at < 1 else int(at)
+from .curves import check, cosine, first_step, one_cycle, progress, ramp, warmup_length, whole_length
 
 
 class Schedule(LRScheduler):
@@ -70,8 +35,8 @@ class Schedule(LRScheduler):
     Args:
         optimizer: Base rates are its groups' `initial_lr`, or `lr` where that is absent.
         total_steps: Optimiser steps in the run.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
+        warmup: Linear warm-up: below 1 a share of the run, from 1 on optimiser steps.
+        warmup_steps: A former name of `warmup`, which saved configs carry; and so is `warmup_share`.
 
     Attributes:
         writes: Keys of the optimiser's groups that the schedule sets.
@@ -83,10 +48,18 @@ class Schedule(LRScheduler):
     writes: tuple[str, ...] = ("lr",)
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, warmup_share: float = 0.0
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: float = 0.0,
+        warmup_steps: int | None = None,
+        warmup_share: float | None = None,
     ) -> None:
-        self.total_steps = _length(total_steps)
-        self.warmup_steps = _warmup(self.total_steps, warmup_steps, warmup_share)
+        self.total_steps = whole_length(total_steps)
+        given = [length for length in (warmup, warmup_steps, warmup_share) if length]
+        if len(given) > 1:
+            raise ValueError(f"received warm-ups of {given[0]:g} and {given[1]:g}: give warmup alone")
+        self.warmup_steps = warmup_length(self.total_steps, given[0] if given else 0)
         super().__init__(optimizer)
 
     def shape(self, step: int) -> float:
@@ -139,11 +112,7 @@ class Decay(Schedule):
     """Base of the schedules that fall from the base rate to a given end.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         end_factor: Share of the base rate in the last step, 0.0 to 1.0.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
     """
 
     def __init__(
@@ -151,12 +120,11 @@ class Decay(Schedule):
         optimizer: Optimizer,
         total_steps: int,
         end_factor: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("end_factor", end_factor, 0.0 <= end_factor <= 1.0, "between 0 and 1")
+        check("end_factor", end_factor, 0.0 <= end_factor <= 1.0, "between 0 and 1")
         self.end_factor = end_factor
-        super().__init__(optimizer, total_steps, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
 
     def left(self, progress: float) -> float:
         """What is left of the fall: 1.0 at progress 0.0, 0.0 at progress 1.0."""
@@ -200,12 +168,7 @@ class Polynomial(Decay):
     """A line bent by `power`, from the base rate to `end_factor` of it.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         power: Above 0; 1.0 is a straight line, 2.0 falls fast at first and slowly at last.
-        end_factor: Share of the base rate in the last step, 0.0 to 1.0.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
     """
 
     def __init__(
@@ -213,13 +176,11 @@ class Polynomial(Decay):
         optimizer: Optimizer,
         total_steps: int,
         power: float = 2.0,
-        end_factor: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("power", power, power > 0.0, "above 0")
+        check("power", power, power > 0.0, "above 0")
         self.power = power
-        super().__init__(optimizer, total_steps, end_factor, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
 
     def left(self, progress: float) -> float:
         """A line to the given power."""
@@ -234,13 +195,8 @@ class WarmupStableDecay(Decay):
     https://arxiv.org/abs/2405.18392
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         decay_share: Share of the run over which the rate falls, 0.0 to 1.0.
         decay: How it falls.
-        end_factor: Share of the base rate in the last step, 0.0 to 1.0.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
 
     Raises:
         ValueError: Warm-up and fall together are longer than the run.
@@ -252,21 +208,17 @@ class WarmupStableDecay(Decay):
         total_steps: int,
         decay_share: float = 0.2,
         decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt",
-        end_factor: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("decay_share", decay_share, 0.0 <= decay_share <= 1.0, "between 0 and 1")
-        _check("decay", decay, decay in ("linear", "cosine", "1-sqrt"), "linear, cosine or 1-sqrt")
-        total = _length(total_steps)
-        warmup = _warmup(total, warmup_steps, warmup_share)
-        if warmup + int(decay_share * total) > total:
-            raise ValueError(
-                f"a warm-up of {warmup} steps and a decay over {decay_share:g} of the run do not both fit in a run "
-                f"of {total} steps; shorten one of them or train longer"
-            )
+        check("decay_share", decay_share, 0.0 <= decay_share <= 1.0, "between 0 and 1")
+        check("decay", decay, decay in ("linear", "cosine", "1-sqrt"), "linear, cosine or 1-sqrt")
         self.decay_share, self.decay = decay_share, decay
-        super().__init__(optimizer, total_steps, end_factor, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
+        if self.warmup_steps + int(decay_share * self.total_steps) > self.total_steps:
+            raise ValueError(
+                f"a warm-up of {self.warmup_steps} steps and a decay over {decay_share:g} of the run do not both fit "
+                f"in a run of {self.total_steps} steps; shorten one of them or train longer"
+            )
 
     def left(self, progress: float) -> float:
         """A line, half a cosine or 1 - sqrt(progress)."""
@@ -284,14 +236,10 @@ class Step(Schedule):
     """Multiplies the rate by `drop` again and again: at regular distances, or at given points.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         drop: What the rate is multiplied by each time, above 0.0 and up to 1.0.
         every: Distance between drops: below 1 a share of the run, from 1 on optimiser steps. Where neither it
             nor `milestones` is given, a third of the run.
         milestones: Where to drop: each a share of the run (below 1) or an optimiser step.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
 
     Raises:
         ValueError: A drop lies beyond the run, or both `every` and `milestones` are given.
@@ -304,16 +252,15 @@ class Step(Schedule):
         drop: float = 0.1,
         every: float | None = None,
         milestones: Sequence[float] | None = None,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("drop", drop, 0.0 < drop <= 1.0, "above 0 and at most 1")
+        check("drop", drop, 0.0 < drop <= 1.0, "above 0 and at most 1")
         if every is not None and milestones is not None:
             raise ValueError(f"received every={every:g} and milestones={list(milestones)}; give one of the two")
-        total = _length(total_steps)
+        total = whole_length(total_steps)
         if milestones is None:
             every = 1 / 3 if every is None else every
-            _check("every", every, every > 0.0, "above 0")
+            check("every", every, every > 0.0, "above 0")
             first_step(every, total)
             distance = every * total if every < 1 else every
             times = range(1, math.ceil(total / distance - 1e-9))
@@ -321,7 +268,7 @@ class Step(Schedule):
         else:
             self.milestones = sorted(first_step(at, total) for at in milestones)
         self.drop = drop
-        super().__init__(optimizer, total_steps, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
 
     def shape(self, step: int) -> float:
         """`drop` to the power of the number of drops so far."""
@@ -337,12 +284,8 @@ class Piecewise(Schedule):
     """A constant factor in each piece of the run.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         pieces: `(start, factor)` in order: from `start` on, a share of the run (below 1) or an optimiser step,
             the base rate is multiplied by `factor`. Before the first start the factor is 1.0.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
 
     Raises:
         ValueError: No pieces, starts out of order or beyond the run, or a factor that is negative or, at the
@@ -354,17 +297,16 @@ class Piecewise(Schedule):
         optimizer: Optimizer,
         total_steps: int,
         pieces: Sequence[tuple[float, float]],
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        total = _length(total_steps)
+        total = whole_length(total_steps)
         self.starts = [first_step(at, total) for at, _ in pieces]
         self.factors = [1.0, *(factor for _, factor in pieces)]
         in_order = len(pieces) > 0 and self.starts == sorted(self.starts)
-        _check("pieces", list(pieces), in_order, "one or more (start, factor) in order of their starts")
+        check("pieces", list(pieces), in_order, "one or more (start, factor) in order of their starts")
         usable = min(self.factors) >= 0.0 and self.shape(0) > 0.0
-        _check("pieces", list(pieces), usable, "factors of at least 0, and above 0 at the first step")
-        super().__init__(optimizer, total_steps, warmup_steps, warmup_share)
+        check("pieces", list(pieces), usable, "factors of at least 0, and above 0 at the first step")
+        super().__init__(optimizer, total_steps, **options)
 
     def shape(self, step: int) -> float:
         """Factor of the piece that the step lies in."""
@@ -383,16 +325,12 @@ class OneCycle(Schedule):
     is each group's own rate. A warm-up asked for on top comes before the cycle.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         up_share: Share of the cycle that goes up, above 0.0 and below 1.0.
         div_factor: The first step's rate is the base rate divided by this.
         final_div_factor: The last step's rate is the first one's divided by this.
         cycle_momentum: Move momentum (or the first beta) against the rate.
         base_momentum: Momentum where the rate is highest.
         max_momentum: Momentum in the first and last step.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
 
     Raises:
         ValueError: `cycle_momentum` with an optimiser that has neither momentum nor betas.
@@ -408,12 +346,11 @@ class OneCycle(Schedule):
         cycle_momentum: bool = False,
         base_momentum: float = 0.85,
         max_momentum: float = 0.95,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("up_share", up_share, 0.0 < up_share < 1.0, "above 0 and below 1")
-        _check("div_factor", div_factor, div_factor >= 1.0, "at least 1")
-        _check("final_div_factor", final_div_factor, final_div_factor > 0.0, "above 0")
+        check("up_share", up_share, 0.0 < up_share < 1.0, "above 0 and below 1")
+        check("div_factor", div_factor, div_factor >= 1.0, "at least 1")
+        check("final_div_factor", final_div_factor, final_div_factor > 0.0, "above 0")
         if cycle_momentum and not all({"momentum", "betas"} & set(group) for group in optimizer.param_groups):
             raise ValueError(
                 f"cycle_momentum needs an optimiser with momentum or betas; received {type(optimizer).__name__}; "
@@ -424,7 +361,7 @@ class OneCycle(Schedule):
         self.cycle_momentum = cycle_momentum
         self.base_momentum, self.max_momentum = base_momentum, max_momentum
         self.writes = ("lr", "momentum", "betas") if cycle_momentum else ("lr",)
-        super().__init__(optimizer, total_steps, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
 
     def cycle(self, step: int, start: float, peak: float, end: float) -> float:
         """Value at `step` of a cycle over the steps after the warm-up."""
@@ -461,16 +398,12 @@ class Plateau(Schedule):
     is equal on all ranks.
 
     Args:
-        optimizer: Whose rates to set.
-        total_steps: Optimiser steps in the run.
         monitor: Name of the metric to observe, as logged.
         mode: Whether smaller (`min`) or larger (`max`) values are better.
         drop: What the rate is multiplied by each time, above 0.0 and below 1.0.
         patience: Validations without improvement that are borne; the next one lowers the rate.
         threshold: Least improvement that counts, as a share of the best value so far.
         min_factor: The rate stays at or above this share of the base rate, 0.0 to 1.0.
-        warmup_steps: Optimiser steps of linear warm-up.
-        warmup_share: The same as a share of the run; give one of the two.
     """
 
     def __init__(
@@ -483,20 +416,19 @@ class Plateau(Schedule):
         patience: int = 10,
         threshold: float = 1e-4,
         min_factor: float = 0.0,
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check("mode", mode, mode in ("min", "max"), "min or max")
-        _check("drop", drop, 0.0 < drop < 1.0, "above 0 and below 1")
-        _check("patience", patience, patience >= 0, "0 or more validations")
-        _check("threshold", threshold, threshold >= 0.0, "0 or above")
-        _check("min_factor", min_factor, 0.0 <= min_factor <= 1.0, "between 0 and 1")
+        check("mode", mode, mode in ("min", "max"), "min or max")
+        check("drop", drop, 0.0 < drop < 1.0, "above 0 and below 1")
+        check("patience", patience, patience >= 0, "0 or more validations")
+        check("threshold", threshold, threshold >= 0.0, "0 or above")
+        check("min_factor", min_factor, 0.0 <= min_factor <= 1.0, "between 0 and 1")
         self.monitor, self.mode, self.drop = monitor, mode, drop
         self.patience, self.threshold, self.min_factor = patience, threshold, min_factor
         self.drops = 0
         self.best: float | None = None
         self.bad_validations = 0
-        super().__init__(optimizer, total_steps, warmup_steps, warmup_share)
+        super().__init__(optimizer, total_steps, **options)
 
     def shape(self, step: int) -> float:
         """`drop` to the power of the number of drops so far, but no less than `min_factor`."""
@@ -534,30 +466,3 @@ class Plateau(Schedule):
         self.best = state_dict.get("best")
         self.bad_validations = state_dict.get("bad_validations", 0)
         super().load_state_dict(state_dict)
-
-
-def _length(total_steps: float) -> int:
-    if not (total_steps >= 1 and math.isfinite(total_steps) and total_steps == int(total_steps)):
-        raise ValueError(
-            f"total_steps must be a whole number of optimiser steps, 1 or more; received {total_steps}; "
-            "set max_epochs or max_steps, and max_steps where the data has no length"
-        )
-    return int(total_steps)
-
-
-def _warmup(total_steps: int, steps: int, share: float) -> int:
-    if steps and share:
-        raise ValueError(f"received warmup_steps={steps} and warmup_share={share:g}; give one of the two")
-    _check("warmup_share", share, 0.0 <= share < 1.0, "at least 0 and below 1")
-    _check("warmup_steps", steps, steps >= 0, "0 or more")
-    if steps >= total_steps:
-        raise ValueError(
-            f"a warm-up of {steps} steps does not fit in a run of {total_steps} steps; "
-            "shorten it, give warmup_share instead, or train longer"
-        )
-    return min(round(share * total_steps), total_steps - 1) if share else steps
-
-
-def _check(name: str, value: object, right: bool, expected: str) -> None:
-    if not right:
-        raise ValueError(f"{name} must be {expected}; received {value!r}")

@@ -399,12 +399,12 @@ def transformers_schedule(steps: int) -> Any:
 
 
 WARM: dict[str, tuple[Any, Any]] = {  # with a warm-up of its own, and without
-    "ours": (partial(Cosine, total_steps=48, warmup_steps=3), partial(Cosine, total_steps=48)),
-    "ours, by share": (partial(OneCycle, total_steps=48, warmup_share=0.1), partial(OneCycle, total_steps=48)),
+    "ours": (partial(Cosine, total_steps=48, warmup=3), partial(Cosine, total_steps=48)),
+    "ours, by share": (partial(OneCycle, total_steps=48, warmup=0.1), partial(OneCycle, total_steps=48)),
     "transformers": (transformers_schedule(3), transformers_schedule(0)),
     "another": (partial(Announced, steps=3), partial(Announced, steps=0)),
     "inside another": (
-        lambda o: schedulers.ChainedScheduler([Cosine(o, 48, warmup_steps=3)]),
+        lambda o: schedulers.ChainedScheduler([Cosine(o, 48, warmup=3)]),
         lambda o: schedulers.ChainedScheduler([Cosine(o, 48)]),
     ),
 }

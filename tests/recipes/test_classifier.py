@@ -372,7 +372,7 @@ def test_rates_after_a_resume_are_those_of_steps_done_and_steps_left(
 def test_warmups_and_cycled_momentum_go_on_as_of_the_new_length(own_folder: Path) -> None:
     """Of 16 + 4 steps a warm-up of a half has six left over: after the 16 it is long over; of 16 + 48 it is not."""
     for batches, total in ((2, 20), (24, 64)):
-        schedule = partial(OneCycle, cycle_momentum=True, warmup_share=0.5)
+        schedule = partial(OneCycle, cycle_momentum=True, warmup=0.5)
         model, data = head_alone(8, schedule)
         model.optimizer = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
         quiet(max_epochs=2, callbacks=[Used(), ExactResume(seed=0)]).fit(model, data)
@@ -381,7 +381,7 @@ def test_warmups_and_cycled_momentum_go_on_as_of_the_new_length(own_folder: Path
         used = Used()
         quiet(max_epochs=4, callbacks=[used, ExactResume(seed=0)]).fit(model, data, ckpt_path="end.ckpt")
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-        wanted = OneCycle(optimizer, total, cycle_momentum=True, warmup_share=0.5)
+        wanted = OneCycle(optimizer, total, cycle_momentum=True, warmup=0.5)
         assert used.rates == pytest.approx([wanted.factor(step) for step in range(16, total)])
         assert model.trainer.optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
 

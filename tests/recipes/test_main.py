@@ -101,8 +101,8 @@ def test_plan_shows_groups_rates_and_steps(capsys: pytest.CaptureFixture[str]) -
     ("option", "words"),
     [
         ("--data.batch_size=1000", "don't fill one batch"),
-        ("--model.schedule.warmup_share=1.5", "warmup_share"),
-        ("--model.schedule.warmup_share=0.1", "LRWarmup and the warm-up of"),
+        ("--model.schedule.warmup=1.5", "a share of the run below 1"),
+        ("--model.schedule.warmup=0.1", "LRWarmup and the warm-up of"),
         ("--model.lr_multipliers={heed: 2}", "heed"),
         ("--model.backbone=resnet5", "did you mean 'resnet50'?"),
     ],

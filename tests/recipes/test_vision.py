@@ -329,7 +329,7 @@ def test_the_schedule_counts_optimiser_steps_under_accumulation() -> None:
 def test_a_plateau_hears_its_metric_once_per_validation_and_survives_a_resume() -> None:
     plateau = ["--model.schedule=Plateau", "--model.schedule.monitor=val/loss", "--model.schedule.mode=max"]
     options = [*plateau, "--model.schedule.patience=1", "--model.schedule.drop=0.5", "--trainer.max_epochs=6"]
-    options.append("--model.schedule.warmup_share=0")
+    options.append("--model.schedule.warmup=0")
     whole = main([*QUICK, *options])  # the loss falls, and more would be better: each second validation is in vain
     schedule = whole.trainer.lr_scheduler_configs[0].scheduler
     assert schedule.drops >= 1  # type: ignore[union-attr]

@@ -692,7 +692,7 @@ def test_the_example_of_the_module_works_with_a_schedule() -> None:
     net = Net()
     groups = param_groups(net, LAYERS, weight_decay=0.05, layer_decay=0.8, lr_multipliers={"^head": 10})
     optimizer = build_optimizer(partial(AdamW, lr=1e-3), groups)
-    schedule = Cosine(optimizer, 10, warmup_share=0.2)
+    schedule = Cosine(optimizer, 10, warmup=0.2)
     losses = []
     for _ in range(10):
         losses += take_steps(net, optimizer, 1)

@@ -79,18 +79,18 @@ def cycle_by_hand(t: int) -> float:  # rises over steps 0 to 17, falls over 17 t
 
 FORMULAS: list[tuple[Callable[..., Schedule], Callable[[int], float]]] = [
     (Constant, lambda t: 1.0),
-    (partial(Constant, warmup_steps=W), warm),
-    (partial(Constant, warmup_share=0.1), lambda t: min(1.0, (t + 1) / 7)),
+    (partial(Constant, warmup=W), warm),
+    (partial(Constant, warmup=0.1), lambda t: min(1.0, (t + 1) / 7)),
     (Cosine, lambda t: half_cosine(t / 59)),
     (
-        partial(Cosine, end_factor=0.1, warmup_steps=W),
+        partial(Cosine, end_factor=0.1, warmup=W),
         lambda t: warm(t) * (0.1 + 0.9 * half_cosine(max(0, t - W) / (59 - W))),
     ),
     (partial(Linear, end_factor=0.05), lambda t: 1 - 0.95 * t / 59),
-    (partial(Linear, warmup_steps=W), lambda t: warm(t) if t < W else (59 - t) / (59 - W)),
+    (partial(Linear, warmup=W), lambda t: warm(t) if t < W else (59 - t) / (59 - W)),
     (partial(Polynomial, power=3.0, end_factor=0.2), lambda t: 0.2 + 0.8 * (1 - t / 59) ** 3),
     (
-        partial(WarmupStableDecay, decay_share=0.25, warmup_steps=W, end_factor=0.1),
+        partial(WarmupStableDecay, decay_share=0.25, warmup=W, end_factor=0.1),
         lambda t: warm(t) if t < 45 else 1 - 0.9 * math.sqrt((t - 45) / 14),
     ),
     (
@@ -102,14 +102,14 @@ FORMULAS: list[tuple[Callable[..., Schedule], Callable[[int], float]]] = [
         lambda t: 1.0 if t < 30 else half_cosine((t - 30) / 29),
     ),
     (Step, lambda t: 0.1 ** (t // 20)),
-    (partial(Step, every=7, drop=0.5, warmup_steps=W), lambda t: warm(t) * 0.5 ** (t // 7)),
+    (partial(Step, every=7, drop=0.5, warmup=W), lambda t: warm(t) * 0.5 ** (t // 7)),
     (partial(Step, milestones=[40, 0.25]), lambda t: 1.0 if t < 15 else 0.1 if t < 40 else 0.01),
     (
         partial(Piecewise, pieces=[(0.1, 0.5), (0.5, 2.0), (50, 0.0)]),
         lambda t: 1.0 if t < 6 else 0.5 if t < 30 else 2.0 if t < 50 else 0.0,
     ),
     (OneCycle, cycle_by_hand),
-    (partial(Plateau, warmup_steps=W), warm),
+    (partial(Plateau, warmup=W), warm),
 ]
 
 
@@ -143,7 +143,7 @@ def test_the_first_step_learns_even_in_the_shortest_run(cls: type[Schedule], ste
     if cls is WarmupStableDecay and share > 0.8:
         share = 0.8  # the rest is the decay's
     optimizer = make_optimizer()
-    scheduler = cls(optimizer, steps, warmup_share=share, **NEEDS.get(cls, {}))
+    scheduler = cls(optimizer, steps, warmup=share, **NEEDS.get(cls, {}))
     seen = run(optimizer, scheduler, steps)
     assert 0.0 < seen[0][0] <= TRUNK
     assert all(0.0 <= trunk <= TRUNK for trunk, _ in seen)
@@ -152,7 +152,7 @@ def test_the_first_step_learns_even_in_the_shortest_run(cls: type[Schedule], ste
 @pytest.mark.parametrize("build", [Cosine, Linear, Polynomial, WarmupStableDecay])
 @pytest.mark.parametrize("end", [0.0, 0.1, 0.3])
 def test_the_last_step_is_at_the_end_factor_exactly(build: type[Schedule], end: float) -> None:
-    scheduler = build(make_optimizer(), T, end_factor=end, warmup_steps=W)  # type: ignore[call-arg]
+    scheduler = build(make_optimizer(), T, end_factor=end, warmup=W)  # type: ignore[call-arg]
     assert scheduler.factor(W) == 1.0
     assert scheduler.factor(T - 1) == end < scheduler.factor(T - 2)
 
@@ -209,7 +209,7 @@ def test_plateau_drops_when_torchs_does(mode: Any, patience: int) -> None:
 
 def test_plateau_warms_up_by_optimiser_step_and_drops_by_validation() -> None:
     optimizer = make_optimizer()
-    scheduler = Plateau(optimizer, T, patience=0, drop=0.5, warmup_steps=3)
+    scheduler = Plateau(optimizer, T, patience=0, drop=0.5, warmup=3)
     assert not scheduler.observe(1.0)
     assert scheduler.observe(2.0)
     assert [head / HEAD for _, head in run(optimizer, scheduler, 5)] == [0.125, 0.25, 0.375, 0.5, 0.5]
@@ -217,7 +217,7 @@ def test_plateau_warms_up_by_optimiser_step_and_drops_by_validation() -> None:
 
 
 SETTINGS: list[Callable[..., Schedule]] = [
-    *(partial(cls, warmup_steps=W, **NEEDS.get(cls, {})) for cls in ALL),
+    *(partial(cls, warmup=W, **NEEDS.get(cls, {})) for cls in ALL),
     partial(OneCycle, cycle_momentum=True),
 ]
 
@@ -258,12 +258,12 @@ def test_resumed_anywhere_the_rates_are_those_of_one_run(build: Callable[..., Sc
 @pytest.mark.parametrize("cls", ALL)
 def test_what_is_configured_on_resume_beats_the_checkpoint(cls: type[Schedule]) -> None:
     optimizer = make_optimizer()
-    scheduler = cls(optimizer, T, warmup_steps=W, **NEEDS.get(cls, {}))
+    scheduler = cls(optimizer, T, warmup=W, **NEEDS.get(cls, {}))
     play(optimizer, scheduler, 0, 20)
     saved = optimizer.state_dict(), scheduler.state_dict()
 
     optimizer = make_optimizer(trunk=0.001, head=0.003)
-    scheduler = cls(optimizer, 2 * T, warmup_steps=30, **NEEDS.get(cls, {}))
+    scheduler = cls(optimizer, 2 * T, warmup=30, **NEEDS.get(cls, {}))
     fresh = [scheduler.factor(step) for step in range(2 * T)]
     optimizer.load_state_dict(saved[0])
     scheduler.load_state_dict(saved[1])
@@ -278,7 +278,7 @@ def test_another_kind_of_schedule_takes_over_at_the_same_step() -> None:
     optimizer = make_optimizer()
     theirs = lr_scheduler.CosineAnnealingLR(optimizer, T)
     run(optimizer, theirs, 11)
-    scheduler = Plateau(make_optimizer(0.001, 0.003), T, warmup_steps=20)
+    scheduler = Plateau(make_optimizer(0.001, 0.003), T, warmup=20)
     scheduler.load_state_dict(theirs.state_dict())  # has base rates, too, which are not taken over
     assert scheduler.state_dict() == {"last_epoch": 11, "drops": 0, "best": None, "bad_validations": 0}
     assert scheduler.get_last_lr() == pytest.approx([0.001 * 12 / 21, 0.003 * 12 / 21])
@@ -295,11 +295,12 @@ def test_a_tensor_rate_is_written_in_place() -> None:
     assert optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.125)
 
 
+@pytest.mark.parametrize("given_warmup", ["warmup", "warmup_share"])
 @pytest.mark.parametrize("cls", ALL)
-def test_named_in_yaml(cls: type[Schedule]) -> None:
+def test_named_in_yaml(cls: type[Schedule], given_warmup: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--schedule", type=Callable[[Optimizer, int], LRScheduler])
-    given = {"class_path": f"recipes.parts.schedules.{cls.__name__}", "init_args": {"warmup_share": 0.1}}
+    given = {"class_path": f"recipes.parts.schedules.{cls.__name__}", "init_args": {given_warmup: 0.1}}
     given["init_args"] |= {"pieces": [[0, 1], [30, 0.1]]} if cls is Piecewise else {}  # type: ignore[operator]
     given["init_args"] |= {"monitor": "val/accuracy", "mode": "max"} if cls is Plateau else {}  # type: ignore[operator]
     config = parser.parse_args([f"--schedule={json.dumps(given)}"])
@@ -311,7 +312,7 @@ def test_named_in_yaml(cls: type[Schedule]) -> None:
 
 def test_turning_points() -> None:
     assert Constant(make_optimizer(), T).turning_points() == {}
-    assert Cosine(make_optimizer(), T, warmup_steps=W).turning_points() == {
+    assert Cosine(make_optimizer(), T, warmup=W).turning_points() == {
         "warm-up ends": W,
         "decay begins": W,
         "decay ends": 59,
@@ -321,7 +322,7 @@ def test_turning_points() -> None:
     pieces = Piecewise(make_optimizer(), T, [(0, 0.5), (0.5, 0.1)])
     assert pieces.turning_points() == {"piece 1 at 0.5": 0, "piece 2 at 0.1": 30}
     assert OneCycle(make_optimizer(), T).turning_points() == {"rate peaks": 17}
-    assert Plateau(make_optimizer(), T, warmup_share=0.5).turning_points() == {"warm-up ends": 30}
+    assert Plateau(make_optimizer(), T, warmup=0.5).turning_points() == {"warm-up ends": 30}
 
 
 @pytest.mark.parametrize("cls", [Cosine, Linear, Polynomial, WarmupStableDecay, OneCycle, Step, Piecewise])
@@ -345,18 +346,18 @@ def test_shares_mean_the_first_step_at_or_past_them() -> None:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (partial(Cosine, total_steps=100, warmup_steps=500), "warm-up of 500 steps does not fit in a run of 100"),
-        (partial(Cosine, total_steps=100, warmup_steps=100), "shorten it, give warmup_share instead"),
-        (partial(Cosine, total_steps=9, warmup_steps=2, warmup_share=0.1), "give one of the two"),
-        (partial(Cosine, total_steps=9, warmup_share=1.0), "warmup_share must be at least 0 and below 1; received 1.0"),
-        (partial(Cosine, total_steps=9, warmup_steps=-1), "warmup_steps must be 0 or more; received -1"),
+        (partial(Cosine, total_steps=100, warmup=500), "warm-up of 500 steps does not fit in a run of 100"),
+        (partial(Cosine, total_steps=100, warmup=100), "shorten it, give a share below 1 instead"),
+        (partial(Cosine, total_steps=9, warmup_steps=2, warmup_share=0.1), "give warmup alone"),
+        (partial(Cosine, total_steps=9, warmup=1.5), "warmup must be a share of the run below 1, or a whole"),
+        (partial(Cosine, total_steps=9, warmup=-1), "warmup must be 0 or more.*received -1"),
         (partial(Constant, total_steps=math.inf), "total_steps must be a whole number.*received inf; set max_epochs"),
         (partial(Constant, total_steps=0), "received 0"),
         (partial(Linear, total_steps=9, end_factor=1.5), "end_factor must be between 0 and 1; received 1.5"),
         (partial(Polynomial, total_steps=9, power=0.0), "power must be above 0"),
         (partial(WarmupStableDecay, total_steps=9, decay="sqrt"), "linear, cosine or 1-sqrt; received 'sqrt'"),
         (
-            partial(WarmupStableDecay, total_steps=100, warmup_steps=60, decay_share=0.5),
+            partial(WarmupStableDecay, total_steps=100, warmup=60, decay_share=0.5),
             "a warm-up of 60 steps and a decay over 0.5 of the run do not both fit in a run of 100 steps",
         ),
         (partial(Step, total_steps=9, every=3, milestones=[4]), "give one of the two"),
