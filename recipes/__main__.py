@@ -3,7 +3,7 @@
     python -m recipes ls [recipes|configs|backbones|datamodules|callbacks] [FILTER]
     python -m recipes show NAME            a config, a recipe, a data module, a callback or a backbone
     python -m recipes copy CONFIG FILE     a config to edit
-    python -m recipes plan CONFIG [--key value ...]    groups, rates and steps, without data or training
+    python -m recipes plan CONFIG [--key value ...]    groups, learning rates and steps, without data or training
     python -m recipes doctor CONFIG [--key value ...]  the data: broken files, copies across splits, doubtful labels
     python -m recipes report RUN [RUN ...] a run's page made again; several runs compared on the same samples
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("copy", help="copy a config to edit it")
     command.add_argument("config")
     command.add_argument("file", type=Path)
-    command = commands.add_parser("plan", help="show groups, rates and steps without data or training")
+    command = commands.add_parser("plan", help="show groups, learning rates and steps without data or training")
     command.add_argument("config", help="a shipped config or a file")
     command.add_argument("--samples", type=int, help="training samples, where the data is not at hand")
     command = commands.add_parser(

@@ -12,7 +12,7 @@ validation split, before the folder gets its name: what differs from the checkpo
 | safetensors | `model.safetensors`, the weights | torch and torchvision, timm or transformers |
 | hf | a folder of transformers, for texts | transformers |
 
-Normalisation is part of the first two: they take pictures in [0, 1]. Batches, and the lengths of texts, are free.
+Normalisation is part of the first two: they take images in [0, 1]. Batches, and the lengths of texts, are free.
 `facts.json` holds the names of the classes, the preprocessing, and how far the outputs differ from the checkpoint's.
 """
 
@@ -33,7 +33,7 @@ from .deploy.check import check, sentence
 from .deploy.formats import facts_of, write
 from .deploy.restored import Restored, restore
 from .deploy.samples import samples_for
-from .deploy.snippets import PICTURES, lines_for
+from .deploy.snippets import IMAGES, lines_for
 
 FORMATS = ("safetensors", "onnx", "torch", "hf")
 
@@ -45,7 +45,7 @@ def export(checkpoint: Path, form: str, out: Path | None = None, given: Path | N
         checkpoint: Of `recipes.vision` or `recipes.text`.
         form: One of `FORMATS`.
         out: The folder; by default `<checkpoint>_<form>` in the run's folder, or beside a checkpoint without one.
-        given: Samples to check on: a folder of pictures or a file with a text a line. By default those of the run's
+        given: Samples to check on: a folder of images or a file with a text a line. By default those of the run's
             validation split, or where they are gone, made-up ones.
         count: How many samples at most.
 
@@ -80,7 +80,7 @@ def export(checkpoint: Path, form: str, out: Path | None = None, given: Path | N
 def readme(restored: Restored, facts: dict[str, Any], lines: str, name: str) -> str:
     """What the export is, and the lines that use it."""
     if restored.recipe == "vision":
-        before = f'folder, files = ".", ["picture.jpg"]\n{PICTURES}'
+        before = f'folder, files = ".", ["image.jpg"]\n{IMAGES}'
     else:
         pair = '[("a text", "a second one")]' if restored.pairs else '["a text"]'
         before = f"texts = {pair}\n"
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="runs/.../checkpoints/best.ckpt")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", type=Path, help="the folder to write; by default <checkpoint>_<format> in the run's")
-    parser.add_argument("--samples", type=Path, help="to check on: a folder of pictures, or a file with a text a line")
+    parser.add_argument("--samples", type=Path, help="to check on: a folder of images, or a file with a text a line")
     parser.add_argument("--count", type=int, default=64, help="samples to check on at most (default 64)")
     arguments = parser.parse_args(argv)
     filter_warnings()

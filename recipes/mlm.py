@@ -1,4 +1,4 @@
-"""Pre-train a text encoder on texts of your domain: masked-language modelling with whole words left out.
+"""Pre-train a text encoder on texts of your domain: masked-language modelling with whole words masked.
 
     python -m recipes.mlm fit --config mlm/csv_bert --data.texts.train_file my.csv
 
@@ -52,7 +52,7 @@ class MaskedLanguageModel(RecipeModule):
         pretrained: Whether to load the encoder's weights.
         optimizer: Called with the parameter groups.
         schedule: Called with the optimiser and the total number of optimiser steps.
-        layer_decay: Factor on the learning rate from each block to the one before it; 1 for one rate.
+        layer_decay: Factor on the learning rate from each block to the one before it; 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate.
     """
 
@@ -96,14 +96,14 @@ class MaskedLanguageModel(RecipeModule):
         return (batch["labels"] != IGNORED).sum()  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, hits, count = self._loss(batch)
-        self.note(loss, hits, count)
+        loss, correct, count = self._loss(batch)
+        self.update_train_metrics(loss, correct, count)
         return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss, hits, count = self._loss(batch)
+        loss, correct, count = self._loss(batch)
         self.log_loss("val", loss, count)
-        self.filled_in.update(hits / max(count, 1), count)
+        self.filled_in.update(correct / max(count, 1), count)
         self.log("val/accuracy", self.filled_in, prog_bar=True, batch_size=1)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, int]:

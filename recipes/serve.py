@@ -1,13 +1,13 @@
-"""Serve a checkpoint over HTTP: pictures or texts in, classes and probabilities out.
+"""Serve a checkpoint over HTTP: images or texts in, classes and probabilities out.
 
     python -m recipes.serve runs/vision/quickstart/.../best.ckpt --port 8000
-    curl --data-binary @picture.jpg http://127.0.0.1:8000/predict
+    curl --data-binary @image.jpg http://127.0.0.1:8000/predict
 
-`POST /predict` takes a picture as the body, as a file of a form, or as JSON {"image": base64}; a text as JSON
+`POST /predict` takes an image as the body, as a file of a form, or as JSON {"image": base64}; a text as JSON
 {"text": ...}, for pairs with "pair". `GET /health` says ok. Requests that come together are answered as one batch.
 
 What cannot be answered gets a status of 4xx and one sentence. A body above the limit is refused while it comes in, also
-where its length is not told; a picture of too many pixels, before it is decoded.
+where its length is not told; an image of too many pixels, before it is decoded.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Answers(litserve.LitAPI):  # type: ignore[misc]
         return request
 
     def batch(self, inputs: Sequence[Any]) -> Any:
-        """Pictures in [0, 1], `(batch, 3, size, size)`, or a list of texts."""
+        """Images in [0, 1], `(batch, 3, size, size)`, or a list of texts."""
         if self.restored.recipe == "text":
             return list(inputs)
-        return torch.stack([torch.from_numpy(picture) for picture in inputs]).float() / 255
+        return torch.stack([torch.from_numpy(image) for image in inputs]).float() / 255
 
     def predict(self, samples: Any) -> list[dict[str, Any]]:
         """An answer for each."""
@@ -97,7 +97,7 @@ def answers(logits: Tensor, class_names: Sequence[str], problem_type: str) -> li
 def usage(restored: Restored, address: str) -> str:
     """What a person reads who opens the server's first page."""
     if restored.recipe == "vision":
-        asked = f"curl --data-binary @picture.jpg {address}/predict"
+        asked = f"curl --data-binary @image.jpg {address}/predict"
     else:
         body = json.dumps({"text": "...", "pair": "..."} if restored.pairs else {"text": "..."})
         asked = f"curl -H 'Content-Type: application/json' -d '{body}' {address}/predict"

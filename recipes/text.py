@@ -76,7 +76,7 @@ class TextClassifier(RecipeModule):
         optimizer: Called with the parameter groups, e.g. `functools.partial(torch.optim.AdamW, lr=2e-5)`.
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it (Howard & Ruder 2018,
-            https://arxiv.org/abs/1801.06146); 1 for one rate.
+            https://arxiv.org/abs/1801.06146); 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a parameter's name
             counts.
         gradient_checkpointing: Whether to compute activations twice and keep few of them: less memory, a third more
@@ -171,7 +171,7 @@ class TextClassifier(RecipeModule):
         logits = self.logits(batch)
         weight = {} if self.class_weights is None else {"weight": self.class_weights}
         loss = self.loss(logits, batch["label"], **weight)
-        self.note(loss, self.hits(logits.detach(), batch["label"]), len(logits))
+        self.update_train_metrics(loss, self.correct_count(logits.detach(), batch["label"]), len(logits))
         return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class TextClassifier(RecipeModule):
         probability, label = p.max(1)
         return {"index": batch["index"], "label": label, "probability": probability, "p": p}
 
-    def hits(self, logits: Tensor, label: Tensor) -> Tensor:
+    def correct_count(self, logits: Tensor, label: Tensor) -> Tensor:
         """How many texts have all that is right; none where a score is learnt."""
         if self.problem_type == "regression":
             return label.new_zeros(())

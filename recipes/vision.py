@@ -2,7 +2,7 @@
 
     python -m recipes.vision fit --test --config vision/quickstart
 
-The model, the loss, the step and the optimiser, top to bottom. The data module delivers pictures in [0, 1];
+The model, the loss, the step and the optimiser, top to bottom. The data module delivers images in [0, 1];
 the model normalises them for its backbone, so the two can't disagree.
 """
 
@@ -53,8 +53,8 @@ class VisionClassifier(RecipeModule):
         weights: Where the backbone's weights come from: a name of torchvision's such as `IMAGENET1K_V2` or
             `DEFAULT` (downloaded once), a `.safetensors` or `.pt` file, a file shipped with this package, or
             nothing.
-        image_size: Side in pixels of the pictures; the backbone's own if not given.
-        small_stem: For ResNets on pictures of 64 px and less: a 3 x 3 stem without max-pooling.
+        image_size: Side in pixels of the images; the backbone's own if not given.
+        small_stem: For ResNets on images of 64 px and less: a 3 x 3 stem without max-pooling.
         head: `linear`, `mlp` or `cosine`.
         head_hidden: Width of the hidden layer of `mlp`.
         head_dropout: Probability of dropping a feature before each linear layer of the head.
@@ -69,10 +69,10 @@ class VisionClassifier(RecipeModule):
             papers; 0 leaves them out.
         optimizer: Called with the parameter groups, e.g. `functools.partial(torch.optim.AdamW, lr=1e-3)`.
         schedule: Called with the optimiser and the total number of optimiser steps.
-        layer_decay: Factor on the learning rate from each block to the one before it; 1 for one rate.
+        layer_decay: Factor on the learning rate from each block to the one before it; 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a
             parameter's name counts.
-        mirror_at_test: Whether `test` and `predict` give the mean probabilities of a picture and its mirror image.
+        mirror_at_test: Whether `test` and `predict` give the mean probabilities of an image and its mirror image.
         top_k: How many of the most probable classes `predict` gives.
         compile_backbone: Whether to torch.compile the backbone.
     """
@@ -144,7 +144,7 @@ class VisionClassifier(RecipeModule):
         return groups | {"head": ["head", *(["aux_heads"] if len(self.aux_heads) else [])]}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], `(batch, 3, height, width)`, to logits `(batch, num_classes)`."""
+        """Images in [0, 1], `(batch, 3, height, width)`, to logits `(batch, num_classes)`."""
         return self.head(self.backbone(self.normalise(images)))  # type: ignore[no-any-return]
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class VisionClassifier(RecipeModule):
         return normal.contiguous(memory_format=torch.channels_last)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Logits of a batch of pictures, or of features that the backbone gave before."""
+        """Logits of a batch of images, or of features that the backbone gave before."""
         if "features" in batch:
             return self.head(batch["features"])  # type: ignore[no-any-return]
         return self(batch["image"])  # type: ignore[no-any-return]
@@ -171,11 +171,11 @@ class VisionClassifier(RecipeModule):
         return self.backbone(self.normalise(batch["image"]))  # type: ignore[no-any-return]
 
     def saliency(self, batch: Batch, classes: Tensor) -> Tensor:
-        """Where in each picture a class is seen, `(batch, height, width)` in [0, 1]."""
+        """Where in each image a class is seen, `(batch, height, width)` in [0, 1]."""
         return grad_cam(self.backbone, self.head, self.normalise(batch["image"]), classes)
 
     def count(self, batch: Batch) -> Tensor:
-        """The pictures with a label, or their class weights."""
+        """The images with a label, or their class weights."""
         return mass(batch["target"] if "target" in batch else batch["label"], self.class_weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -189,8 +189,8 @@ class VisionClassifier(RecipeModule):
         loss = self.loss(logits, target, weight=self.class_weights)
         for aux_logits in extra:
             loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
-        hits = (logits.detach().argmax(1) == batch["label"]).sum()
-        self.note(loss, hits, len(logits))
+        correct = (logits.detach().argmax(1) == batch["label"]).sum()
+        self.update_train_metrics(loss, correct, len(logits))
         return self.in_step(loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class VisionClassifier(RecipeModule):
         return {"logits": logits, "label": batch["label"], "index": batch["index"]}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Index, most probable class and its probability of each picture, each `(batch,)`; `label_2` and on follow."""
+        """Index, most probable class and its probability of each image, each `(batch,)`; `label_2` and on follow."""
         top = self.final_logits(batch).float().softmax(1).topk(self.top_k)
         found = {"index": batch["index"]}
         for place in range(self.top_k):
@@ -226,7 +226,7 @@ class VisionClassifier(RecipeModule):
         return {"mean": list(self.backbone.mean), "std": list(self.backbone.std)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Pictures are normalised as in training, whatever the backbone's table says by now."""
+        """Images are normalised as in training, whatever the backbone's table says by now."""
         super().on_load_checkpoint(checkpoint)
         for name, values in checkpoint.get("recipe", {}).items():
             if name in ("mean", "std"):
@@ -243,7 +243,7 @@ class VisionClassifier(RecipeModule):
 
 
 class VisionCLI(RecipeCLI):
-    """The command line of this recipe: pictures get the backbone's size; a frozen backbone's features, a file."""
+    """The command line of this recipe: images get the backbone's size; a frozen backbone's features, a file."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As in all recipes, and `--feature_views`."""
@@ -256,7 +256,7 @@ class VisionCLI(RecipeCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Fill in the picture's size where neither the data nor the model says one; a checkpoint brings class names."""
+        """Fill in the image's size where neither the data nor the model says one; a checkpoint brings class names."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
         if self.subcommand == "predict" and config.data.init_args.get("predict_root"):
@@ -268,7 +268,7 @@ class VisionCLI(RecipeCLI):
             raise ValueError(f"model.image_size is {size}, data.image_size {given[1]}: set model.image_size alone")
         if size < facts.min_size:
             raise ValueError(
-                f"{config.model.backbone} needs pictures of at least {facts.min_size} px; model.image_size is {size}"
+                f"{config.model.backbone} needs images of at least {facts.min_size} px; model.image_size is {size}"
             )
         if "image_size" in config.data.init_args:
             config.data.init_args.image_size = size

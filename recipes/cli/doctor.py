@@ -138,13 +138,13 @@ def sentences(found: dict[str, Any]) -> list[str]:
         out.append(f"{len(doubtful):,} labels are doubtful: samples like these are of another class:")
         out += [f"    {shorten(name)} is {own}, rather {rather}" for name, own, rather in doubtful[:SHOWN]]
     if not found.get("compared", True):
-        out.append("too many pictures to compare all pairs: only exact copies were looked for")
+        out.append("too many images to compare all pairs: only exact copies were looked for")
     if found.get("sizes"):
         modes = ", ".join(f"{count:,} {mode}" for mode, count in found["modes"].items())
-        out.append(f"shorter side {spread(found['sizes'])} px; {modes}")
+        out.append(f"shorter side {quantile_summary(found['sizes'])} px; {modes}")
         out.append(f"mean {found['mean']}, deviation {found['std']}{found.get('against', '')}")
     for split, lengths in found.get("lengths", {}).items():
-        out.append(f"{split}: {spread(lengths)} tokens; {100 * found['cut'][split]:.1f} % cut off")
+        out.append(f"{split}: {quantile_summary(lengths)} tokens; {100 * found['cut'][split]:.1f} % cut off")
     return out
 
 
@@ -153,24 +153,24 @@ def excerpt(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def spread(marks: dict[str, int]) -> str:
+def quantile_summary(marks: dict[str, int]) -> str:
     """Quantiles on a line."""
     return f"{marks['min']} to {marks['max']}, median {marks['median']}, 95 % below {marks['p95']}" if marks else "no"
 
 
 def against_backbone(model: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """How the pictures' mean lies to what the backbone was trained on."""
+    """How the images' mean lies to what the backbone was trained on."""
     mean = torch.as_tensor(model.backbone.mean).flatten().tolist()
     std = torch.as_tensor(model.backbone.std).flatten().tolist()
-    off = max(abs(own - its) / spread for own, its, spread in zip(found["mean"], mean, std, strict=True))
-    far = "; far from them: is the picture's range or colour what it should be?" if off > 1.5 else ""
+    off = max(abs(own - its) / deviation for own, its, deviation in zip(found["mean"], mean, std, strict=True))
+    far = "; far from them: is the image's range or colour what it should be?" if off > 1.5 else ""
     values = [round(value, 3) for value in mean], [round(value, 3) for value in std]
     return {"against": f"; the backbone expects {values[0]}, {values[1]}{far}"}
 
 
 @torch.no_grad()
 def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | str:
-    """Training pictures whose neighbours in the backbone's features are of another class: name, class, rather.
+    """Training images whose neighbours in the backbone's features are of another class: name, class, rather.
 
     Args:
         model: Its `backbone` gives the features.
@@ -195,7 +195,7 @@ def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | st
             ready = data.on_after_batch_transfer(batch, 0)
             features[ready["index"]] = model.backbone(model.normalise(ready["image"])).float()
             seen[ready["index"]] = ready["label"].cpu() >= 0
-    except ValueError as error:  # a whole batch of files that are no pictures
+    except ValueError as error:  # a whole batch of files that are no images
         return f"labels were not looked at: {' '.join(str(error).split())}"
     names, rows = data.class_names, seen.nonzero().flatten()
     labels = part.labels[rows]

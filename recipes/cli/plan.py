@@ -1,4 +1,4 @@
-"""What a config will do, without data or training: groups, rates and steps; refuses what cannot work."""
+"""What a config will do, without data or training: groups, learning rates and steps; refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def show_plan(cli: Any, samples: int | None) -> None:
 
 @dataclass
 class Phases:
-    """What opens when, and how rates warm up: read off callbacks that offer it."""
+    """What opens when, and how learning rates warm up: read off callbacks that offer it."""
 
     opens: dict[str, int] = field(default_factory=dict)  # names of blocks -> optimiser step
     waiting: dict[str, int] = field(default_factory=dict)  # names of blocks that wait for a metric -> parameters
@@ -112,7 +112,7 @@ class Phases:
         return {f"{names} {several[names]}": step for names, step in self.opens.items() if step} | end
 
     def factor(self, parameters: Sequence[torch.nn.Parameter], step: int) -> float:
-        """Factor on a group's rate: 0 while all of it is frozen, less than 1 while it warms up."""
+        """Factor on a group's learning rate: 0 while all of it is frozen, less than 1 while it warms up."""
         opened = min((self.opened_at.get(parameter, 0) for parameter in parameters), default=0)
         if step < opened:
             return 0.0
@@ -145,7 +145,7 @@ def plan_phases(callbacks: Sequence[Any], model: torch.nn.Module, total: int, st
 
 
 def batches_per_epoch(data: Any, samples: int, world_size: int) -> int:
-    """Batches of each rank: pictures drop the last that is not full, texts say how many they make."""
+    """Batches of each rank: images drop the last that is not full, texts say how many they make."""
     if hasattr(data, "planned_steps"):
         return int(data.planned_steps(samples, world_size))
     return samples // int(data.batch_size) // world_size

@@ -61,7 +61,7 @@ def configure_logging(*, quiet: bool = False) -> None:
 def filter_warnings() -> None:
     """Silence what Lightning says about choices that are made on purpose here."""
     for pattern in (
-        ".*does not have many workers.*",  # none are needed for pictures in memory
+        ".*does not have many workers.*",  # none are needed for images in memory
         ".*You have overridden `on_after_batch_transfer`.*",
         ".*isinstance.treespec, LeafSpec.*",
         r".*module\(s\) in eval mode at the start of training.*",  # frozen blocks are

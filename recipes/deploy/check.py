@@ -14,7 +14,7 @@ from torch import Tensor
 from ..parts.encoders import quietly
 from .restored import Restored
 from .samples import pixels
-from .snippets import PICTURES
+from .snippets import IMAGES
 
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order differ by a hundredth of it ...
 SMALLEST = 1e-2  # ... or of this, where all are about zero, as those of a net that learnt nothing
@@ -25,7 +25,7 @@ def check(restored: Restored, samples: Any, lines: str, folder: Path) -> dict[st
 
     Returns:
         The largest difference, and the share of samples with the same answer: the most probable class, or each
-        label's yes or no. Answers between which the checkpoint itself wavers by less than the tolerance are left out.
+        label's yes or no. Answers between which the checkpoint itself wavers by less than the tolerance are ignored.
 
     Raises:
         ValueError: It does not run; another answer, or a difference above the tolerance.
@@ -53,18 +53,18 @@ def check_reading(folder: Path, size: int) -> None:
         ValueError: They cannot be read by these lines, or look otherwise.
     """
     with tempfile.TemporaryDirectory() as other:
-        files = write_odd_pictures(Path(other), size)
+        files = write_odd_images(Path(other), size)
         found: dict[str, Any] = {"folder": str(folder), "files": files}
         try:
-            exec(compile(PICTURES, "README.md", "exec"), found)
+            exec(compile(IMAGES, "README.md", "exec"), found)
         except Exception as error:
-            raise ValueError(f"the lines that read pictures don't run: {error}") from error
+            raise ValueError(f"the lines that read images don't run: {error}") from error
         for file, image in zip(files, found["images"], strict=True):
             if not np.array_equal(image, pixels(file, file, size).numpy().astype(np.float32) / 255):
-                raise ValueError(f"the lines that read pictures see another {Path(file).name} than evaluation does")
+                raise ValueError(f"the lines that read images see another {Path(file).name} than evaluation does")
 
 
-def write_odd_pictures(folder: Path, size: int) -> list[str]:
+def write_odd_images(folder: Path, size: int) -> list[str]:
     """Small files of the kinds that programs read otherwise: 16 and 32 bits, transparent, a palette, turned, CMYK."""
     steps = np.linspace(0, 65535, (size + 9) * (size + 5)).astype(np.uint16).reshape(size + 9, size + 5)
     grey = Image.fromarray((steps // 257).astype(np.uint8))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..parts.backbones import small_resnet
 from ..parts.checkpoints import save_for_transformers
-from .graphs import PictureGraph, TokenGraph
+from .graphs import ImageGraph, TokenGraph
 from .restored import Restored
 from .snippets import PIXELS
 
@@ -43,7 +43,7 @@ def facts_of(restored: Restored, checkpoint: Path, form: str) -> dict[str, Any]:
                 "colour": "RGB, upright, on white, in [0, 1]; 16 bits as 8",
                 "size": size,
                 "shorter_side": shorter_side(size),
-                "resize": "bilinear; to `shorter_side` where that of the picture is above `size`, else to `size`",
+                "resize": "bilinear; to `shorter_side` where that of the image is above `size`, else to `size`",
                 "crop": "the middle",
                 "mean": model.mean.flatten().tolist(),
                 "std": model.std.flatten().tolist(),
@@ -66,7 +66,7 @@ def named(config: Any, class_names: Sequence[str]) -> Any:
 
 
 def shorter_side(size: int) -> int:
-    """Pixels that the shorter side of a large picture is brought to before the crop."""
+    """Pixels that the shorter side of a large image is brought to before the crop."""
     return round(size * 8 / 7) if size > 96 else size
 
 
@@ -122,7 +122,7 @@ def graph_of(restored: Restored) -> nn.Module:
     if restored.recipe == "text":
         head = None if model.pooling == "model" else model.head
         return TokenGraph(model.net, head, model.pooling, restored.problem_type).eval()
-    graph = PictureGraph(model.backbone, model.head, model.mean, model.std, model.mirror_at_test)
+    graph = ImageGraph(model.backbone, model.head, model.mean, model.std, model.mirror_at_test)
     return graph.eval().to(memory_format=torch.contiguous_format)
 
 
@@ -157,8 +157,8 @@ def write_onnx(program: torch.export.ExportedProgram, restored: Restored, facts:
     outputs = ["logits"] if restored.problem_type == "regression" else ["logits", "probabilities"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.onnx.*")  # an axis that two inputs share is named once
-        written = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
-    assert written is not None
-    written.model.metadata_props["facts"] = json.dumps(facts)
-    written.save(file)
+        exported = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+    assert exported is not None
+    exported.model.metadata_props["facts"] = json.dumps(facts)
+    exported.save(file)
     onnx.checker.check_model(str(file))

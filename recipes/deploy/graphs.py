@@ -1,6 +1,6 @@
-"""A trained classifier as one plain graph, from pictures or tokens to logits and probabilities: what an export holds.
+"""A trained classifier as one plain graph, from images or tokens to logits and probabilities: what an export holds.
 
-Nothing of Lightning and no metric is in it, and what `predict` does around the net is: a picture's normalisation, its
+Nothing of Lightning and no metric is in it, and what `predict` does around the net is: an image's normalisation, its
 mirror image where the recipe asks for one, the probabilities.
 """
 
@@ -20,15 +20,15 @@ PROBABILITIES: dict[str, Any] = {  # by problem; a score has none
 }
 
 
-class PictureGraph(nn.Module):
-    """Pictures in [0, 1] to logits and probabilities.
+class ImageGraph(nn.Module):
+    """Images in [0, 1] to logits and probabilities.
 
     Args:
-        backbone: Normalised pictures `(batch, 3, size, size)` to features `(batch, width)`.
+        backbone: Normalised images `(batch, 3, size, size)` to features `(batch, width)`.
         head: Features to logits `(batch, classes)`.
         mean: To be subtracted from each channel, `(3, 1, 1)`.
         std: To divide by, `(3, 1, 1)`.
-        mirror: Whether to give the log of the mean probabilities of a picture and its mirror image.
+        mirror: Whether to give the log of the mean probabilities of an image and its mirror image.
     """
 
     mean: Tensor
@@ -41,7 +41,7 @@ class PictureGraph(nn.Module):
         self.register_buffer("std", std.clone())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Pictures `(batch, 3, size, size)` to logits and probabilities, each `(batch, classes)`."""
+        """Images `(batch, 3, size, size)` to logits and probabilities, each `(batch, classes)`."""
         normal = (images - self.mean) / self.std
         logits: Tensor = self.head(self.backbone(normal))
         if self.mirror:

@@ -20,8 +20,8 @@ from .restored import Restored
 from .samples import pixels
 
 MEGABYTE = 2**20
-MOST_PIXELS = 50_000_000  # of a picture: decoded they take 150 MB
-DECODERS = 4  # pictures that are decoded at a time
+MOST_PIXELS = 50_000_000  # of an image: decoded they take 150 MB
+DECODERS = 4  # images that are decoded at a time
 
 
 class RequestError(Exception):
@@ -60,11 +60,11 @@ async def limited(pieces: AsyncIterable[bytes], declared: str | None, limit: int
 
 
 def sample_of(body: bytes, content_type: str, recipe: str, pairs: bool = False) -> Any:
-    """What a request asks about: the bytes of a picture, a text, or a pair of texts.
+    """What a request asks about: the bytes of an image, a text, or a pair of texts.
 
     Args:
         body: Of the request.
-        content_type: Its header, which tells a form and JSON from a bare picture.
+        content_type: Its header, which tells a form and JSON from a bare image.
         recipe: `vision` or `text`.
         pairs: Whether two texts make a sample.
 
@@ -109,19 +109,19 @@ def file_of_form(body: bytes, content_type: str) -> bytes:
         head, blank, content = part.partition(b"\r\n\r\n")
         if blank and re.search(rb"filename\*?=", head.lower()):  # the starred one is of RFC 5987
             return content
-    raise RequestError(422, "the form holds no file: expected one with a picture")
+    raise RequestError(422, "the form holds no file: expected one with an image")
 
 
-def picture_of(body: bytes, size: int) -> Tensor:
-    """A picture as in evaluation, uint8 `(3, size, size)`.
+def image_of(body: bytes, size: int) -> Tensor:
+    """An image as in evaluation, uint8 `(3, size, size)`.
 
     Raises:
         RequestError: It is none, or would take too much memory once decoded.
     """
-    too_many = RequestError(413, f"the picture has more than {MOST_PIXELS:,} pixels: make it smaller")
+    too_many = RequestError(413, f"the image has more than {MOST_PIXELS:,} pixels: make it smaller")
     try:
-        with Image.open(io.BytesIO(body)) as picture:  # the header only
-            if picture.width * picture.height > MOST_PIXELS:
+        with Image.open(io.BytesIO(body)) as image:  # the header only
+            if image.width * image.height > MOST_PIXELS:
                 raise too_many
         return pixels(io.BytesIO(body), "sent", size)
     except RequestError:
@@ -130,7 +130,7 @@ def picture_of(body: bytes, size: int) -> Tensor:
         raise too_many from error
     except Exception as error:  # decoders raise a dozen kinds
         raise RequestError(
-            422, "the body is no picture that can be read: expected JPEG, PNG, WebP or the like"
+            422, "the body is no image that can be read: expected JPEG, PNG, WebP or the like"
         ) from error
 
 
@@ -150,14 +150,14 @@ class Intake:
         self.decoders = asyncio.Semaphore(DECODERS)
 
     async def read(self, request: Request) -> Any:
-        """A picture, uint8 `(3, size, size)`, a text, or a pair of them."""
+        """An image, uint8 `(3, size, size)`, a text, or a pair of them."""
         try:
             body = await limited(request.stream(), request.headers.get("content-length"), self.limit)
             sample = sample_of(body, request.headers.get("content-type", ""), self.recipe, self.pairs)
             if self.recipe == "text":
                 return sample
             async with self.decoders:
-                return (await asyncio.to_thread(picture_of, sample, self.size)).numpy()
+                return (await asyncio.to_thread(image_of, sample, self.size)).numpy()
         except RequestError as refused:
             raise HTTPException(refused.status, str(refused)) from refused
         except ClientDisconnect as gone:

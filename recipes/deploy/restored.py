@@ -29,7 +29,7 @@ from ..training.base import RecipeModule
 log = logging.getLogger(__name__)
 
 Text = str | tuple[str, str]  # a text, or a pair of them
-READING = inspect.getsource(decoding)  # how evaluation reads a picture, to go with an export
+READING = inspect.getsource(decoding)  # how evaluation reads an image, to go with an export
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Restored:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures."""
+        """Side in pixels of the images."""
         return int(self.model.backbone.input_size)
 
     @property
@@ -90,7 +90,7 @@ class Restored:
 
     @torch.no_grad()
     def logits(self, samples: Any) -> Tensor:
-        """What `predict` sees of pictures in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32."""
+        """What `predict` sees of images in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32."""
         device = self.model.device
         if self.recipe == "vision":
             logits: Tensor = self.model.final_logits({"image": samples.to(device)})

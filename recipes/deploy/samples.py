@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def pixels(file: Any, name: str, size: int) -> Tensor:
-    """A picture as in evaluation, uint8 `(3, size, size)`.
+    """An image as in evaluation, uint8 `(3, size, size)`.
 
     Args:
         file: A path or an open binary file.
@@ -44,11 +44,11 @@ def samples_for(restored: Restored, given: Path | None, count: int) -> tuple[Any
 
     Args:
         restored: The model.
-        given: A folder of pictures, or a file with a text a line.
+        given: A folder of images, or a file with a text a line.
         count: How many at most.
 
     Returns:
-        Pictures in [0, 1], `(n, 3, size, size)`, or a list of texts.
+        Images in [0, 1], `(n, 3, size, size)`, or a list of texts.
 
     Raises:
         ValueError: What is given cannot be read, or holds none.
@@ -56,15 +56,15 @@ def samples_for(restored: Restored, given: Path | None, count: int) -> tuple[Any
     vision = restored.recipe == "vision"
     size = restored.image_size if vision else 0
     if given is not None:
-        found = given_pictures(given, size, count) if vision else given_texts(given, count, restored.pairs)
+        found = given_images(given, size, count) if vision else given_texts(given, count, restored.pairs)
         return found, f"from {given}"
     try:
         split = validation_split(restored)
         rows = np.linspace(0, len(split.labels) - 1, min(count, len(split.labels))).round().astype(int).tolist()
-        found = validation_pictures(split, rows, size) if vision else validation_texts(split, rows)
+        found = validation_images(split, rows, size) if vision else validation_texts(split, rows)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        found = random_pictures(count, size) if vision else random_texts(restored, count)
+        found = random_images(count, size) if vision else random_texts(restored, count)
         return found, f"made up at random, for the validation samples are not at hand ({reason})"
     return found, "of the run's validation split"
 
@@ -86,8 +86,8 @@ def validation_split(restored: Restored) -> Any:
     return data.splits["val"]
 
 
-def validation_pictures(split: Any, rows: Sequence[int], size: int) -> Tensor:
-    """Some pictures of a split as in evaluation, without those that cannot be read."""
+def validation_images(split: Any, rows: Sequence[int], size: int) -> Tensor:
+    """Some images of a split as in evaluation, without those that cannot be read."""
     found = []
     for row in rows:
         try:
@@ -103,10 +103,10 @@ def validation_texts(split: Any, rows: Sequence[int]) -> list[Text]:
     return [(row["text"], row["pair"]) if "pair" in row else row["text"] for row in table]
 
 
-def given_pictures(folder: Path, size: int, count: int) -> Tensor:
-    """Pictures of a folder and those below it, without those that cannot be read."""
+def given_images(folder: Path, size: int, count: int) -> Tensor:
+    """Images of a folder and those below it, without those that cannot be read."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: expected one of pictures")
+        raise FileNotFoundError(f"no folder {folder}: expected one of images")
     found: list[Tensor] = []
     for path in list_files(folder, readable_endings()):
         try:
@@ -132,14 +132,14 @@ def given_texts(file: Path, count: int, pairs: bool) -> list[Text]:
     return [(first, second) for first, _, second in split]
 
 
-def stacked(pictures: Sequence[Tensor], where: str) -> Tensor:
-    """uint8 pictures as one batch in [0, 1]."""
-    if not pictures:
-        raise ValueError(f"{where} holds no picture that can be read")
-    return torch.stack(list(pictures)).float() / 255
+def stacked(images: Sequence[Tensor], where: str) -> Tensor:
+    """uint8 images as one batch in [0, 1]."""
+    if not images:
+        raise ValueError(f"{where} holds no image that can be read")
+    return torch.stack(list(images)).float() / 255
 
 
-def random_pictures(count: int, size: int) -> Tensor:
+def random_images(count: int, size: int) -> Tensor:
     """Smooth ones, as photographs are."""
     small = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear")

@@ -1,7 +1,7 @@
 """The lines that load an export and use it: its README shows them, and its check runs them.
 
 Each text of Python below reads `folder`, where the export lies, and `images`, an array `(batch, 3, size, size)` in
-[0, 1], or `texts`, a list; it leaves `logits`. `PIXELS` is a file that reads pictures, and `PICTURES` uses it on
+[0, 1], or `texts`, a list; it leaves `logits`. `PIXELS` is a file that reads images, and `IMAGES` uses it on
 `files`. None of it needs this package.
 """
 
@@ -20,10 +20,10 @@ from .restored import READING
 PIXELS = f'''{READING.replace("{", "{{").replace("}", "}}")}
 
 def pixels(file, size={{size}}):
-    """The middle of a picture as in evaluation, (3, size, size), in [0, 1]."""
+    """The middle of an image as in evaluation, (3, size, size), in [0, 1]."""
     return np.asarray(evaluation_crop(read_rgb(file), size), np.float32).transpose(2, 0, 1) / 255
 '''
-PICTURES = """\
+IMAGES = """\
 import runpy
 import numpy as np
 
@@ -57,7 +57,7 @@ encoded = Tokenizer.from_file(f"{{folder}}/tokenizer.json").encode_batch(texts)
 columns = {columns}
 inputs = {{name: {array}([getattr(text, kind) for text in encoded]) for name, kind in columns.items()}}"""
 
-PLAIN_PICTURES = """\
+PLAIN_IMAGES = """\
 import json
 from pathlib import Path
 import torch
@@ -139,7 +139,7 @@ def lines_for(restored: Any, form: str) -> str:
     if form == "hf":
         lines = TRANSFORMERS.format(max_length=restored.max_length, probabilities=PROBABILITIES[restored.problem_type])
     elif form == "safetensors":
-        lines = plain_pictures(restored.model) if restored.recipe == "vision" else plain_texts(restored)
+        lines = plain_images(restored.model) if restored.recipe == "vision" else plain_texts(restored)
     else:
         lines = graph_lines(restored, form)
     return "\n".join(line for line in (*lines.rstrip().split("\n"), LABELS[restored.problem_type]) if line) + "\n"
@@ -166,16 +166,16 @@ def columns_of(restored: Any) -> str:
     return json.dumps({"input_ids": "ids", "attention_mask": "attention_mask", **types})
 
 
-def plain_pictures(model: Any) -> str:
+def plain_images(model: Any) -> str:
     """For the weights alone, in a net that torchvision, timm or a small file builds."""
     imports, net = net_lines(model)
     mean, std = ([round(float(value), 6) for value in values.flatten()] for values in (model.mean, model.std))
-    return PLAIN_PICTURES.format(
+    return PLAIN_IMAGES.format(
         imports=imports,
         net="\n".join(net),
         mean=mean,
         std=std,
-        head=written(model.head),
+        head=as_source(model.head),
         logits=PLAIN_MIRRORED if model.mirror_at_test else PLAIN_LOGITS,
     )
 
@@ -203,21 +203,21 @@ def net_lines(model: Any) -> tuple[str, list[str]]:
     for path in family.strip:
         kept = net.get_submodule(path)
         lines.append(
-            f"net.{path} = " + (f"net.{path}[:{len(kept)}]" if isinstance(kept, nn.Sequential) else written(kept))
+            f"net.{path} = " + (f"net.{path}[:{len(kept)}]" if isinstance(kept, nn.Sequential) else as_source(kept))
         )
     if family.small_stem and isinstance(net.maxpool, nn.Identity):
-        lines += [f"net.conv1 = {written(net.conv1)}", "net.maxpool = nn.Identity()"]
+        lines += [f"net.conv1 = {as_source(net.conv1)}", "net.maxpool = nn.Identity()"]
     return "from torchvision.models import get_model", lines
 
 
-def written(module: nn.Module) -> str:
+def as_source(module: nn.Module) -> str:
     """A module of torch as Python.
 
     Raises:
         ValueError: It is none of torch's own.
     """
     if isinstance(module, nn.Sequential):
-        return f"nn.Sequential({', '.join(map(written, module))})"
+        return f"nn.Sequential({', '.join(map(as_source, module))})"
     if type(module).__name__ not in vars(nn):
         raise ValueError(
             f"safetensors holds weights only, and no other library builds a {type(module).__name__}: take --format "
@@ -234,7 +234,7 @@ def plain_texts(restored: Any) -> str:
     if model.pooling == "model":
         auto, logits = "AutoModelForSequenceClassification", 'logits = model["net"](**inputs).logits'
         return PLAIN_TEXTS.format(auto=auto, head="", logits=logits, **shared)
-    head = f'model["net"].pooler = None\nmodel["head"] = {written(model.head)}'
+    head = f'model["net"].pooler = None\nmodel["head"] = {as_source(model.head)}'
     mask = 'mask = inputs["attention_mask"].unsqueeze(2)\n' if model.pooling == "mean" else ""
     hidden = 'hidden = model["net"](**inputs).last_hidden_state\n'
     logits = f'{hidden}{mask}logits = model["head"]({POOLED[model.pooling]})'

@@ -37,7 +37,7 @@ def first_step(at: float, total_steps: int) -> int:
     if not 0 <= at < max(total_steps, 1):
         raise ValueError(
             f"expected a share of the run (0 <= share < 1) or one of its {total_steps} steps, received {at:g}: "
-            "the rate would never change there; give an earlier step, or a share, or train longer"
+            "the learning rate would never change there; give an earlier step, or a share, or train longer"
         )
     return math.ceil(at * total_steps - 1e-9) if at < 1 else int(at)
 

@@ -1,6 +1,6 @@
 """Features of a frozen backbone, computed once and trained on many times.
 
-While a backbone is frozen and its pictures are not augmented, every epoch computes the same features. Here
+While a backbone is frozen and its images are not augmented, every epoch computes the same features. Here
 they are computed once, or once for each of k augmented views, into a memory-mapped file whose name is a hash
 of all they depend on: other weights, data or transforms find no file, and memory stays bounded.
 """
@@ -44,7 +44,7 @@ def extract(backbone: Callable[[Tensor], Tensor], views: Sequence[Iterable[Batch
     The file appears under its name only when it is complete: an interrupted run leaves nothing wrong.
 
     Args:
-        backbone: Pictures `(batch, 3, height, width)` to features `(batch, width)`; in evaluation mode.
+        backbone: Images `(batch, 3, height, width)` to features `(batch, width)`; in evaluation mode.
         views: For each view, batches with `image` and `index`, on the backbone's device, that together hold
             each of the samples once, in any order; a `label` of -100 marks one that does not count.
         samples: Their number.

@@ -13,7 +13,7 @@ class MuonWithAdamW(Optimizer):
     """Muon for the hidden layers' matrices and AdamW for all the rest, in one optimiser.
 
     Groups that hold both are divided: `layer3` keeps the matrices, `layer3/adamw` has the rest. Convolutions count
-    as the rest. Muon's steps are scaled to the size of AdamW's, so that one rate and weight decay serve both:
+    as the rest. Muon's steps are scaled to the size of AdamW's, so that one learning rate and weight decay serve both:
     Liu et al. 2025, https://arxiv.org/abs/2502.16982
 
     Args:

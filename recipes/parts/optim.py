@@ -1,9 +1,9 @@
-"""Optimisers with layer-wise rates and the right weight decay, for any network and any torch optimiser.
+"""Optimisers with layer-wise learning rates and the right weight decay, for any network and any torch optimiser.
 
     groups = param_groups(net, net.layer_groups(), weight_decay=0.05, layer_decay=0.8, lr_multipliers={"^head": 10})
     optimizer = build_optimizer(partial(torch.optim.AdamW, lr=1e-3), groups)
 
-Every parameter is in a named group from the start, frozen ones too, and each group's rate is real: `lr` and
+Every parameter is in a named group from the start, frozen ones too, and each group's learning rate is real: `lr` and
 `initial_lr` carry the layer's scale, so that any schedule keeps the ratios.
 """
 
@@ -24,10 +24,10 @@ from .param_groups import ParamGroup, _some
 def build_optimizer(
     optimizer: Callable[[Iterable[Any]], Optimizer], groups: Sequence[ParamGroup], *, fused: bool | None = None
 ) -> Optimizer:
-    """Builds an optimiser whose groups carry their real rates: the base rate of `optimizer` times `lr_scale`.
+    """Builds an optimiser whose groups carry their real learning rates: that of `optimizer` times `lr_scale`.
 
     `optimizer` is called twice, at first with a throw-away parameter, to see what it builds. L-BFGS knows but one
-    group and gets one. Rprop heeds its rate in the first step alone.
+    group and gets one. Rprop heeds its learning rate in the first step alone.
 
     A fused optimiser would unscale float16 gradients by itself, after all hooks that read or clip them. That is
     switched off: `GradScaler` unscales before the hooks, as for any other optimiser.
@@ -129,7 +129,7 @@ def _one_group(groups: Sequence[ParamGroup]) -> ParamGroup:
     """All parameters in a single group, for L-BFGS."""
     if any(group.get("lr_scale", 1.0) != 1.0 for group in groups):
         raise ValueError(
-            "L-BFGS has one rate for all parameters; set layer_decay to 1 and lr_multipliers to none, "
+            "L-BFGS has one learning rate for all parameters; set layer_decay to 1 and lr_multipliers to none, "
             "or take another optimiser"
         )
     return {"params": [p for group in groups for p in group["params"]], "name": "all"}

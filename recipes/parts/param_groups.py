@@ -66,9 +66,9 @@ def param_groups(
         layer_groups: Ordered from input to output, the head last: name of a layer group to dotted paths of
             submodules or parameters in `module`; the path `""` is all of it.
         weight_decay: Of weights; None leaves it to the optimiser's own.
-        layer_decay: A group's rate is scaled by `layer_decay ** distance from the last group`, above 0.0.
+        layer_decay: A group's learning rate is scaled by `layer_decay ** distance from the last group`, above 0.0.
         lr_multipliers: Ordered patterns, looked for anywhere in the dotted name of a parameter, and what to
-            multiply its rate by, above 0.0; the first match wins.
+            multiply its learning rate by, above 0.0; the first match wins.
         decay_norms_and_biases: Decay norms, biases and other parameters of one dimension, too.
 
     Returns:
@@ -85,7 +85,9 @@ def param_groups(
     homes = _homes(module, layer_groups, places)
     scales = _multipliers(homes, lr_multipliers or {})
     if layer_decay <= 0:
-        raise ValueError(f"layer_decay must be above 0; received {layer_decay:g}; 1.0 is one rate for all layers")
+        raise ValueError(
+            f"layer_decay must be above 0; received {layer_decay:g}; 1.0 is one learning rate for all layers"
+        )
     roles: dict[nn.Parameter, set[Role]] = {}
     sparse = set()
     for path, holder, parameter in places:
@@ -118,7 +120,7 @@ def param_groups(
 
 
 class GroupRow(NamedTuple):
-    """One parameter group; counts of tensors and of numbers, rates as they are now."""
+    """One parameter group; counts of tensors and of numbers, learning rates as they are now."""
 
     name: str
     tensors: int
@@ -196,7 +198,7 @@ def _homes(
 def _multipliers(
     homes: Mapping[nn.Parameter, tuple[int, str]], patterns: Mapping[str, float]
 ) -> dict[nn.Parameter, float]:
-    """What to multiply each parameter's rate by: the first pattern that matches says."""
+    """What to multiply each parameter's learning rate by: the first pattern that matches says."""
     unused = set(patterns)
     scales = {}
     for parameter, (_, name) in homes.items():

@@ -1,4 +1,4 @@
-"""What an answer hangs on: places of a picture, tokens of a text."""
+"""What an answer hangs on: places of an image, tokens of a text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 
 def grad_cam(backbone: nn.Module, head: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Where each picture speaks for a class (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
+    """Where each image speaks for a class (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391).
 
     The maps are those of the last convolution. A net with one convolution or none, as transformers have for their
-    patches, gets gradient x input instead, summed over patches of a sixteenth of the picture.
+    patches, gets gradient x input instead, summed over patches of a sixteenth of the image.
 
     Args:
         backbone: Images to features; in evaluation mode.

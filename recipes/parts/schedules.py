@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of progress: a group's learning rate = its own base x factor(step).
+"""Learning-learning rate schedules as functions of progress: a group's learning rate = its own base x factor(step).
 
 Each is built from `(optimizer, total_steps, ...)` and stepped once per optimiser step. Ratios between groups
 always hold, and resuming takes nothing but the step. In YAML:
@@ -29,11 +29,11 @@ from .curves import check, cosine, first_step, one_cycle, progress, ramp, warmup
 class Schedule(LRScheduler):
     """Base of the schedules: warm-up, progress and resuming; a subclass adds its `shape`.
 
-    On resume what is configured now beats the checkpoint. Only progress is restored; every group's rate is
-    then computed anew from the base rate, length and shape that this object was built with.
+    On resume what is configured now beats the checkpoint. Only progress is restored; every group's learning rate is
+    then computed anew from the base learning rate, length and shape that this object was built with.
 
     Args:
-        optimizer: Base rates are its groups' `initial_lr`, or `lr` where that is absent.
+        optimizer: Base learning rates are its groups' `initial_lr`, or `lr` where that is absent.
         total_steps: Optimiser steps in the run.
         warmup: Linear warm-up: below 1 a share of the run, from 1 on optimiser steps.
         warmup_steps: A former name of `warmup`, which saved configs carry; and so is `warmup_share`.
@@ -67,7 +67,7 @@ class Schedule(LRScheduler):
         raise NotImplementedError
 
     def factor(self, step: int) -> float:
-        """What each group's base rate is multiplied by at optimiser step `step`, counted from 0."""
+        """What each group's base learning rate is multiplied by at optimiser step `step`, counted from 0."""
         step = min(step, self.total_steps - 1)
         return ramp(step, self.warmup_steps) * self.shape(step)
 
@@ -85,7 +85,7 @@ class Schedule(LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the progress; writes rates and base rates, which restoring the optimiser has replaced."""
+        """Takes over the progress; writes what restoring the optimiser has replaced."""
         self.last_epoch = state_dict["last_epoch"]
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["initial_lr"] = base.clone() if isinstance(base, Tensor) else base
@@ -101,7 +101,7 @@ class Schedule(LRScheduler):
 
 
 class Constant(Schedule):
-    """The base rate throughout, after the warm-up."""
+    """The base learning rate throughout, after the warm-up."""
 
     def shape(self, step: int) -> float:
         """1.0."""
@@ -109,10 +109,10 @@ class Constant(Schedule):
 
 
 class Decay(Schedule):
-    """Base of the schedules that fall from the base rate to a given end.
+    """Base of the schedules that fall from the base learning rate to a given end.
 
     Args:
-        end_factor: Share of the base rate in the last step, 0.0 to 1.0.
+        end_factor: Share of the base learning rate in the last step, 0.0 to 1.0.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Decay(Schedule):
         raise NotImplementedError
 
     def decay_begins(self) -> int:
-        """Last step at the full rate."""
+        """Last step at the full learning rate."""
         return self.warmup_steps
 
     def shape(self, step: int) -> float:
@@ -146,7 +146,7 @@ class Decay(Schedule):
 
 
 class Cosine(Decay):
-    """Half a cosine, from the base rate to `end_factor` of it.
+    """Half a cosine, from the base learning rate to `end_factor` of it.
 
     SGDR without its restarts: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983
     """
@@ -157,7 +157,7 @@ class Cosine(Decay):
 
 
 class Linear(Decay):
-    """A straight line, from the base rate to `end_factor` of it."""
+    """A straight line, from the base learning rate to `end_factor` of it."""
 
     def left(self, progress: float) -> float:
         """A straight line."""
@@ -165,7 +165,7 @@ class Linear(Decay):
 
 
 class Polynomial(Decay):
-    """A line bent by `power`, from the base rate to `end_factor` of it.
+    """A line bent by `power`, from the base learning rate to `end_factor` of it.
 
     Args:
         power: Above 0; 1.0 is a straight line, 2.0 falls fast at first and slowly at last.
@@ -188,14 +188,14 @@ class Polynomial(Decay):
 
 
 class WarmupStableDecay(Decay):
-    """The base rate for most of the run, and a fall over its last part.
+    """The base learning rate for most of the run, and a fall over its last part.
 
     Up to the fall nothing depends on the length of the run, so it can be prolonged from there. Hu et al. 2024
     (MiniCPM), https://arxiv.org/abs/2404.06395; the 1-sqrt fall: Hägele et al. 2024,
     https://arxiv.org/abs/2405.18392
 
     Args:
-        decay_share: Share of the run over which the rate falls, 0.0 to 1.0.
+        decay_share: Share of the run over which the learning rate falls, 0.0 to 1.0.
         decay: How it falls.
 
     Raises:
@@ -227,16 +227,16 @@ class WarmupStableDecay(Decay):
         return 1.0 - (math.sqrt(progress) if self.decay == "1-sqrt" else progress)
 
     def decay_begins(self) -> int:
-        """Last step at the full rate."""
+        """Last step at the full learning rate."""
         steps = max(round(self.decay_share * self.total_steps), 1)
         return max(self.total_steps - steps, self.warmup_steps)
 
 
 class Step(Schedule):
-    """Multiplies the rate by `drop` again and again: at regular distances, or at given points.
+    """Multiplies the learning rate by `drop` again and again: at regular distances, or at given points.
 
     Args:
-        drop: What the rate is multiplied by each time, above 0.0 and up to 1.0.
+        drop: What the learning rate is multiplied by each time, above 0.0 and up to 1.0.
         every: Distance between drops: below 1 a share of the run, from 1 on optimiser steps. Where neither it
             nor `milestones` is given, a third of the run.
         milestones: Where to drop: each a share of the run (below 1) or an optimiser step.
@@ -285,7 +285,7 @@ class Piecewise(Schedule):
 
     Args:
         pieces: `(start, factor)` in order: from `start` on, a share of the run (below 1) or an optimiser step,
-            the base rate is multiplied by `factor`. Before the first start the factor is 1.0.
+            the base learning rate is multiplied by `factor`. Before the first start the factor is 1.0.
 
     Raises:
         ValueError: No pieces, starts out of order or beyond the run, or a factor that is negative or, at the
@@ -319,17 +319,17 @@ class Piecewise(Schedule):
 
 
 class OneCycle(Schedule):
-    """Up to the base rate and far down again, along two halves of a cosine; the cycle is its own warm-up.
+    """Up to the base learning rate and far down again, along two halves of a cosine; the cycle is its own warm-up.
 
     Smith & Topin 2019, https://arxiv.org/abs/1708.07120; the same curve as torch's OneCycleLR whose `max_lr`
-    is each group's own rate. A warm-up asked for on top comes before the cycle.
+    is each group's own learning rate. A warm-up asked for on top comes before the cycle.
 
     Args:
         up_share: Share of the cycle that goes up, above 0.0 and below 1.0.
-        div_factor: The first step's rate is the base rate divided by this.
-        final_div_factor: The last step's rate is the first one's divided by this.
-        cycle_momentum: Move momentum (or the first beta) against the rate.
-        base_momentum: Momentum where the rate is highest.
+        div_factor: The first step's learning rate is the base learning rate divided by this.
+        final_div_factor: The last step's learning rate is the first one's divided by this.
+        cycle_momentum: Move momentum (or the first beta) against the learning rate.
+        base_momentum: Momentum where the learning rate is highest.
         max_momentum: Momentum in the first and last step.
 
     Raises:
@@ -387,23 +387,23 @@ class OneCycle(Schedule):
     def turning_points(self) -> dict[str, int]:
         """End of the warm-up, and the step nearest to the peak."""
         top = self.up_share * (self.total_steps - self.warmup_steps) - 1.0
-        return super().turning_points() | {"rate peaks": self.warmup_steps + max(round(top), 0)}
+        return super().turning_points() | {"learning rate peaks": self.warmup_steps + max(round(top), 0)}
 
 
 class Plateau(Schedule):
-    """Multiplies the rate by `drop` whenever a validation metric has stopped improving.
+    """Multiplies the learning rate by `drop` whenever a validation metric has stopped improving.
 
-    As torch's ReduceLROnPlateau, but as a factor of each group's own rate. `step` counts optimiser steps, for
+    As torch's ReduceLROnPlateau, but as a factor of each group's own learning rate. `step` counts optimiser steps, for
     the warm-up, and takes no metric; whoever validates calls `observe` once per validation, with a value that
     is equal on all ranks.
 
     Args:
         monitor: Name of the metric to observe, as logged.
         mode: Whether smaller (`min`) or larger (`max`) values are better.
-        drop: What the rate is multiplied by each time, above 0.0 and below 1.0.
-        patience: Validations without improvement that are borne; the next one lowers the rate.
+        drop: What the learning rate is multiplied by each time, above 0.0 and below 1.0.
+        patience: Validations without improvement that are borne; the next one lowers the learning rate.
         threshold: Least improvement that counts, as a share of the best value so far.
-        min_factor: The rate stays at or above this share of the base rate, 0.0 to 1.0.
+        min_factor: The learning rate stays at or above this share of the base learning rate, 0.0 to 1.0.
     """
 
     def __init__(
@@ -438,7 +438,7 @@ class Plateau(Schedule):
         """Takes one validation's metric; a NaN is no improvement.
 
         Returns:
-            Whether the rate was lowered.
+            Whether the learning rate was lowered.
         """
         current, sign = float(value), 1.0 if self.mode == "min" else -1.0
         margin = 0.0 if self.best is None else self.threshold * abs(self.best)

@@ -61,7 +61,7 @@ class RecipeModule(LightningModule):
         self.register_buffer("class_weights", fixed, persistent=False)
         # NaN stays NaN; torchmetrics' "disable" would forget the weights, its default leave the NaN out
         self.losses = nn.ModuleDict({split: MeanMetric(nan_strategy=float("nan")) for split in ("val", "test")})
-        self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, hits, samples; always fp32
+        self.register_buffer("epoch_sums", torch.zeros(3), persistent=False)  # loss, correct, samples; always fp32
         self.step_counts: Tensor | None = None  # samples of the coming step: its first batches' mean, all so far
         self.share: Tensor | None = None  # of a batch's loss in its step; None where it is 1
 
@@ -89,7 +89,7 @@ class RecipeModule(LightningModule):
         raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The blocks' parameters, each with its rate's scale, norms and biases without weight decay."""
+        """The blocks' parameters, each with its learning rate's scale, norms and biases without weight decay."""
         return param_groups(
             self,
             self.layer_groups(),
@@ -185,16 +185,16 @@ class RecipeModule(LightningModule):
         counts = checkpoint.get("step_counts")
         self.step_counts = None if counts is None else counts.to(self.device)
 
-    def note(self, loss: Tensor, hits: Tensor, samples: int) -> None:
+    def update_train_metrics(self, loss: Tensor, correct: Tensor, samples: int) -> None:
         """Count a training batch; `self.log` in every step would cost much of a small step."""
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=samples)
-        self.epoch_sums += torch.stack([loss.detach() * samples, hits, hits.new_tensor(samples)])
+        self.epoch_sums += torch.stack([loss.detach() * samples, correct, correct.new_tensor(samples)])
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's means."""
-        loss, hits, samples = self.trainer.strategy.reduce(self.epoch_sums.clone(), reduce_op="sum")
-        self.log_dict({"train/loss_epoch": loss / samples, "train/accuracy": hits / samples}, sync_dist=True)
+        loss, correct, samples = self.trainer.strategy.reduce(self.epoch_sums.clone(), reduce_op="sum")
+        self.log_dict({"train/loss_epoch": loss / samples, "train/accuracy": correct / samples}, sync_dist=True)
 
     def log_loss(self, split: str, loss: Tensor, samples: int) -> None:
         """Log the mean over all samples of all ranks; `self.log` alone would round the mean batch size down."""

@@ -15,21 +15,21 @@ Batch = dict[str, Any]
 
 
 def precompute(model: Any, data: Any, views: int, folder: Path) -> None:
-    """Let a data module serve the backbone's features in place of its pictures.
+    """Let a data module serve the backbone's features in place of its images.
 
     Args:
         model: Its whole backbone is frozen.
         data: An image data module; `data.features` is filled for each of its splits.
-        views: Augmented views of each training picture; one, without augmentation, says all.
+        views: Augmented views of each training image; one, without augmentation, says all.
         folder: Where the features lie, each split's in a file named by a hash of all that it depends on.
 
     Raises:
-        ValueError: The backbone trains, or pictures are mixed: features would be wrong after a step.
+        ValueError: The backbone trains, or images are mixed: features would be wrong after a step.
     """
     if any(parameter.requires_grad for parameter in model.backbone.parameters()):
         raise ValueError("feature_views needs a frozen backbone: add the callback Freeze with train_last_blocks=1")
     if data.mixup or data.cutmix:
-        raise ValueError("feature_views can't mix pictures: set data.mixup and data.cutmix to 0")
+        raise ValueError("feature_views can't mix images: set data.mixup and data.cutmix to 0")
     data.prepare_data()
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +51,6 @@ def precompute(model: Any, data: Any, views: int, folder: Path) -> None:
 
 
 def batches_of(data: Any, split: str, view: int | None, device: torch.device) -> Iterator[Batch]:
-    """Every picture of a split once, as in evaluation or as augmented in epoch `view`, on a device."""
+    """Every image of a split once, as in evaluation or as augmented in epoch `view`, on a device."""
     for batch in data.view_dataloader(split, view):
         yield data.on_after_batch_transfer(move_data_to_device(batch, device), 0)

@@ -19,7 +19,7 @@ class BackboneFacts(NamedTuple):
     """What is known of a backbone without building it.
 
     Attributes:
-        input_size: Side in pixels of the square pictures it is meant for.
+        input_size: Side in pixels of the square images it is meant for.
         min_size: Smallest side in pixels it takes.
         mean: Mean per channel that its weights expect to be subtracted from pixel values in [0, 1].
         std: Standard deviation per channel that its weights expect the difference to be divided by.
@@ -146,7 +146,7 @@ def check_multiple(name: str, image_size: int, patch: int) -> None:
 
 
 def patch_of(net: nn.Module, image_size: int, facts: BackboneFacts) -> int:
-    """Side in pixels of the patches that a net cuts a picture into, where it leaves out what makes none; else 1.
+    """Side in pixels of the patches that a net cuts an image into, where it leaves out what makes none; else 1.
 
     At the size that it was trained at, a border is unseen in training, too.
     """

@@ -1,4 +1,4 @@
-"""Image backbones: pictures `(batch, 3, height, width)` in, features `(batch, width)` out.
+"""Image backbones: images `(batch, 3, height, width)` in, features `(batch, width)` out.
 
 `FAMILIES` is the whole list: every classifier of torchvision, and the small ResNets of He et al. for CIFAR.
 Building one takes the classifier off, together with the dropout in front of it, and names its blocks from
@@ -19,7 +19,7 @@ from .backbone import Backbone, BackboneFacts, check_multiple, patch_of, unknown
 from .families import FAMILIES, FAMILY_OF
 from .timm_models import timm_backbone, timm_facts
 
-# Builders: (name, side of the pictures in pixels, auxiliary branches) -> net with its classifier
+# Builders: (name, side of the images in pixels, auxiliary branches) -> net with its classifier
 
 
 # What takes the place of a stripped module
@@ -63,11 +63,11 @@ def build_backbone(
 
     Args:
         name: A name of `FAMILIES`, or `timm/<name>` for any model of timm.
-        image_size: Side of the square pictures in pixels; None for the size the net is meant for. Vision
+        image_size: Side of the square images in pixels; None for the size the net is meant for. Vision
             transformers and MaxViT are built for one size; the others take other sizes all the same.
         aux: Build the auxiliary branches of `inception_v3` or `googlenet`; see `Backbone.forward_aux`.
         small_stem: Replace the 7x7 stride-2 convolution and the max-pooling of torchvision's ResNets, ResNeXts
-            and Wide ResNets by a 3x3 stride-1 convolution, for pictures of 64 px and less. Published weights
+            and Wide ResNets by a 3x3 stride-1 convolution, for images of 64 px and less. Published weights
             fit all of it but that convolution. `image_size` is then 32 by default.
 
     Raises:

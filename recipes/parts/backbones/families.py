@@ -37,7 +37,7 @@ def _grid_sized(name: str, size: int, aux: bool) -> nn.Module:
 
 def _inception(name: str, size: int, aux: bool) -> nn.Module:
     # transform_input: the weights come from TensorFlow, where pixels lie in [-1, 1]; the net itself converts
-    # ImageNet-normalised pictures, as torchvision does for its own weights.
+    # ImageNet-normalised images, as torchvision does for its own weights.
     return _torchvision(name, size, aux, aux_logits=aux, init_weights=True, transform_input=True)
 
 
@@ -132,13 +132,13 @@ class Family:
         strip: Name of a module -> what takes its place. The first is the classifier.
         build: (name, side in pixels, auxiliary branches) -> net with its classifier.
         width: Number of features; None for what the last linear layer of the classifier reads.
-        input_size: Side in pixels of the pictures the weights were evaluated at: one, or one for each name.
+        input_size: Side in pixels of the images the weights were evaluated at: one, or one for each name.
         min_size: Smallest side in pixels.
         multiple_of: Where above 1, the side is fixed when the net is built, to a multiple of this many pixels.
         mean: As in `BackboneFacts`; so are the next two.
         std: Standard deviation.
         licence: Licence of the weights.
-        small_stem: Whether `build_backbone` can replace the first convolution for small pictures.
+        small_stem: Whether `build_backbone` can replace the first convolution for small images.
         aux: Auxiliary branch -> its classifier, in order of depth.
         aux_min_size: Smallest side in pixels with auxiliary branches.
     """

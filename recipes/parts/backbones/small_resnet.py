@@ -1,4 +1,4 @@
-"""The small ResNets of He et al. for 32 px pictures."""
+"""The small ResNets of He et al. for 32 px images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class SmallResNet(nn.Module):
-    """ResNet for 32 px pictures, without classifier: He et al. 2015, section 4.2.
+    """ResNet for 32 px images, without classifier: He et al. 2015, section 4.2.
 
     https://arxiv.org/abs/1512.03385: a 3x3 convolution, three stages of 16, 32 and 64 channels with
-    `(depth - 2) / 6` blocks each, global average pooling. Where a stage halves the picture, the shortcut takes
+    `(depth - 2) / 6` blocks each, global average pooling. Where a stage halves the image, the shortcut takes
     every other pixel and pads the new channels with zeros: the paper's option A, free of parameters.
 
     Args:
@@ -45,7 +45,7 @@ class SmallResNet(nn.Module):
 
 
 class _SmallBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; halves the picture where the number of channels grows."""
+    """Two 3x3 convolutions and a shortcut; halves the image where the number of channels grows."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
