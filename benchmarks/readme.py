@@ -144,7 +144,7 @@ def sst2() -> str:
 
 
 def more_speed() -> str:
-    """Texts and files: measured on another machine than the pictures."""
+    """Texts and files: measured on another machine than the images."""
     texts, data, parquet = result("text"), result("data"), result("parquet")
     per, ours = texts["texts_per_cpu_s"], texts["texts_per_cpu_s"]["ours"]
     first, second = texts["million"]["first"], texts["million"]["second"]
@@ -163,16 +163,16 @@ def more_speed() -> str:
           for way, name in others.items()],
         ("1,000,000 short texts in a CSV to the first batch: first start, second start, most memory",
          f"{first['wall_s']:.0f} s, {second['wall_s']:.1f} s, {first['peak_gb']:.1f} GB", "text"),
-        ("JPEGs of 300 to 500 px to augmented batches of 224 px, pictures per CPU second",
+        ("JPEGs of 300 to 500 px to augmented batches of 224 px, images per CPU second",
          f"{mine:.0f}: {mine / usual:.2f} times torchvision's, {mine / decoding:.2f} of decoding alone", "data"),
         ("1,000,000 files in 1,000 folders: listed, listed again; a walk that notes paths",
          f"{tree['first_s']:.1f} s, {tree['second_s']:.2f} s; {tree['walk_s']:.1f} s", "data"),
         (f"{parquet['rows']:,} rows in {parquet['files']} Parquet files: to the first batch's order, most memory",
          f"{parquet['start_s'] + parquet['order_s']:.1f} s, {parquet['memory_gb']:.1f} GB", "parquet"),
-        ("JPEGs in Parquet files to augmented batches, against single files: pictures per CPU second",
+        ("JPEGs in Parquet files to augmented batches, against single files: images per CPU second",
          f"{parquet['parquet_per_cpu_s'] / parquet['files_per_cpu_s']:.2f} times", "parquet"),
-        ("`recipes doctor`, pictures of 32 px", f"{data['doctor_per_s']:,} a second", "data"),
-        (f"... pairs of copies in {data['cifar10']['pictures']:,} pictures of CIFAR-10; of these in training and test",
+        ("`recipes doctor`, images of 32 px", f"{data['doctor_per_s']:,} a second", "data"),
+        (f"... pairs of copies in {data['cifar10']['pictures']:,} images of CIFAR-10; of these in training and test",
          f"{data['cifar10']['rescaled']}; {data['cifar10']['leaks']['train, test']}", "data"),
     ]  # fmt: skip
     lines = ["| what | measured | file in benchmarks/results |", "|---|---|---|"]

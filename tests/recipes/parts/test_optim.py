@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,266 +13,22 @@ import jsonargparse
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop, Rprop, SparseAdam
 
-from callbacks import layerwise_param_groups
-from callbacks.unfreezing import gradual as unfreezing
-from recipes.parts import optim
 from recipes.parts.muon import MuonWithAdamW
 from recipes.parts.optim import build_optimizer, reassert, snapshot
-from recipes.parts.param_groups import describe, param_groups, role
+from recipes.parts.param_groups import describe, param_groups
 from recipes.parts.schedules import Cosine, Linear, OneCycle
-
-
-class Block(nn.Module):
-    """Attention and a norm; a position table held by the block itself."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.pos_bias = nn.Parameter(torch.zeros(5, width))
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos_bias
-        return self.norm(x + self.attention(x, x, x, need_weights=False)[0])
-
-
-class FancyRMSNorm(nn.Module):
-    """A norm of its own making, as in transformers: only the name tells; its weight has two dimensions."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-
-
-class Net(nn.Module):
-    """Token embedding, convolution, attention, and an output tied to the embedding: (batch, 4) -> logits."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, width)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.conv = nn.Conv1d(width, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm1d(width)
-        self.blocks = nn.Sequential(Block(width), Block(width))
-        self.hidden = nn.Linear(width, width)
-        self.fancy = FancyRMSNorm(width)
-        self.head = nn.Linear(width, 3)
-        self.tied = nn.Linear(width, 11, bias=False)
-        self.tied.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(self.embed(x).mT)).mT
-        y = self.blocks(torch.cat([self.token.expand(len(y), -1, -1), y], 1))
-        y = self.fancy(torch.tanh(self.hidden(y[:, 0])))
-        return self.head(y) + self.tied(y).mean(1, keepdim=True)
-
-
-LAYERS = {
-    "stem": ["embed", "token", "conv", "bn"],
-    "block1": ["blocks.0"],
-    "block2": ["blocks.1", "hidden", "fancy"],
-    "head": ["head", "tied"],
-}
-SLOW: dict[str, Any] = {"layer_decay": 0.5, "lr_multipliers": {r"^head": 4.0}}
-
-
-def loss_of(net: nn.Module) -> Tensor:
-    """Of `(6, 4)` tokens, as numbers where the net starts with a matrix."""
-    x = torch.arange(24).reshape(6, 4) % 11
-    x = x / 10 if isinstance(next(net.children()), nn.Linear) else x
-    return F.cross_entropy(net(x), torch.arange(6) % 3)
-
-
-def take_steps(net: nn.Module, optimizer: Optimizer, steps: int = 3) -> list[float]:
-    losses = []
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = loss_of(net)
-        loss.backward()
-        losses.append(loss.item())
-        return loss.item()
-
-    for _ in range(steps):
-        optimizer.step(closure)
-    return losses
-
-
-def group_of(net: nn.Module, optimizer: Optimizer, name: str) -> dict[str, Any]:
-    (found,) = (g for g in optimizer.param_groups if any(p is net.get_parameter(name) for p in g["params"]))
-    return found
-
+from tests.recipes.parts.nets import (
+    LAYERS,
+    SLOW,
+    Net,
+    group_of,
+    loss_of,
+    take_steps,
+)
 
 # --- groups ---------------------------------------------------------------------------------------------------
-
-
-def test_groups_of_every_kind_of_parameter() -> None:
-    net = Net()
-    names = {parameter: name for name, parameter in net.named_parameters()}
-    groups = param_groups(net, LAYERS, weight_decay=0.1, **SLOW)
-    assert [(g["name"], g["lr_scale"], g["weight_decay"], sorted(names[p] for p in g["params"])) for g in groups] == [
-        ("stem", 0.125, 0.1, ["conv.weight"]),
-        ("stem/no_decay", 0.125, 0.0, ["bn.bias", "bn.weight", "embed.weight", "token"]),
-        ("block1", 0.25, 0.1, ["blocks.0.attention.in_proj_weight", "blocks.0.attention.out_proj.weight"]),
-        (
-            "block1/no_decay",
-            0.25,
-            0.0,
-            [
-                "blocks.0.attention.in_proj_bias",
-                "blocks.0.attention.out_proj.bias",
-                "blocks.0.norm.bias",
-                "blocks.0.norm.weight",
-                "blocks.0.pos_bias",
-            ],
-        ),
-        (
-            "block2",
-            0.5,
-            0.1,
-            ["blocks.1.attention.in_proj_weight", "blocks.1.attention.out_proj.weight", "hidden.weight"],
-        ),
-        (
-            "block2/no_decay",
-            0.5,
-            0.0,
-            [
-                "blocks.1.attention.in_proj_bias",
-                "blocks.1.attention.out_proj.bias",
-                "blocks.1.norm.bias",
-                "blocks.1.norm.weight",
-                "blocks.1.pos_bias",
-                "fancy.weight",
-                "hidden.bias",
-            ],
-        ),
-        ("head", 4.0, 0.1, ["head.weight"]),
-        ("head/no_decay", 4.0, 0.0, ["head.bias"]),
-    ]
-
-
-def test_frozen_and_equal_valued_parameters_are_all_there_once() -> None:
-    net = Net()
-    for parameter in net.parameters():
-        parameter.requires_grad_(False).fill_(1.0)
-    listed = [p for group in param_groups(net, LAYERS, weight_decay=None) for p in group["params"]]
-    assert len(listed) == len({id(p) for p in listed}) == len(list(net.parameters()))
-    assert {id(p) for p in listed} == {id(p) for p in net.parameters()}
-
-
-def test_tied_parameters_belong_to_the_first_layer_group_under_their_name_there() -> None:
-    net = Net()
-    tied_first = {"head": LAYERS["head"], **{name: paths for name, paths in LAYERS.items() if name != "head"}}
-    for layers, expected in ((LAYERS, "stem/no_decay"), (tied_first, "head/no_decay")):
-        groups = param_groups(net, layers, weight_decay=None)
-        assert [g["name"] for g in groups if any(p is net.embed.weight for p in g["params"])] == [expected]
-    with pytest.raises(ValueError, match="'tied' matches no parameter"):
-        param_groups(net, LAYERS, weight_decay=None, lr_multipliers={"tied": 2.0})
-
-
-def test_shared_modules_and_attributes_are_found_under_each_of_their_names() -> None:
-    net = nn.Module()
-    net.one = net.two = nn.Linear(2, 2)
-    net.three = net.four = nn.Parameter(torch.ones(2, 2))
-    groups = param_groups(net, {"body": ["two"], "head": ["four"]}, weight_decay=None)
-    assert [(g["name"], len(g["params"])) for g in groups] == [
-        ("body", 1),
-        ("body/no_decay", 1),
-        ("head/no_decay", 1),
-    ]
-
-
-def test_norms_and_biases_may_decay_but_embeddings_and_tokens_never() -> None:
-    net = Net()
-    groups = param_groups(net, LAYERS, weight_decay=0.1, decay_norms_and_biases=True)
-    free = {id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]}
-    tables = [net.embed.weight, net.token, net.blocks[0].pos_bias, net.blocks[1].pos_bias]
-    assert free == {id(p) for p in tables}
-
-
-def test_without_a_weight_decay_the_optimisers_own_holds() -> None:
-    groups = param_groups(Net(), LAYERS, weight_decay=None)
-    rows = describe(build_optimizer(partial(AdamW, lr=0.1, weight_decay=0.07), groups))
-    assert {row.weight_decay for row in rows if "no_decay" not in row.name} == {0.07}
-    assert {row.weight_decay for row in rows if "no_decay" in row.name} == {0.0}
-
-
-def test_patterns_are_tried_in_order_and_divide_a_layer() -> None:
-    net = Net()
-    multipliers = {r"attention\.out": 3.0, "attention": 2.0, "block": 0.5}
-    groups = param_groups(net, LAYERS, weight_decay=None, lr_multipliers=multipliers)
-    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    block = net.blocks[0]
-    assert scale[id(block.attention.out_proj.weight)] == 3.0
-    assert scale[id(block.attention.in_proj_weight)] == 2.0
-    assert scale[id(block.norm.weight)] == 0.5
-    assert scale[id(net.hidden.weight)] == 1.0
-    names = [g["name"] for g in groups]
-    assert len(set(names)) == len(names)
-    assert {"block1/x2", "block1/x3", "block1/x0.5/no_decay", "block2/no_decay", "head"} <= set(names)
-
-
-@pytest.mark.parametrize(
-    ("holder", "name", "expected"),
-    [
-        (nn.BatchNorm2d(3), "weight", "vector"),
-        (nn.GroupNorm(1, 3), "weight", "vector"),
-        (nn.InstanceNorm1d(3, affine=True), "weight", "vector"),
-        (nn.RMSNorm((2, 3)), "weight", "vector"),
-        (FancyRMSNorm(3), "weight", "vector"),
-        (nn.Linear(3, 3), "bias", "vector"),
-        (nn.Linear(3, 3), "weight", "weight"),
-        (nn.Conv2d(3, 3, 3), "weight", "weight"),
-        (nn.LSTM(3, 3), "weight_hh_l0", "weight"),
-        (nn.MultiheadAttention(4, 2), "in_proj_weight", "weight"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)).parametrizations.weight, "original1", "weight"),
-        (nn.EmbeddingBag(3, 3), "weight", "table"),
-        (Block(4), "pos_bias", "table"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
-)
-def test_roles_by_the_type_of_the_holder(holder: nn.Module, name: str, expected: str) -> None:
-    assert role(holder, name, getattr(holder, name)) == expected
-
-
-def test_a_position_table_in_a_module_of_its_own_is_known_by_its_name() -> None:
-    holder = nn.Module()
-    holder.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
-    assert role(holder, "relative_position_bias_table", holder.relative_position_bias_table) == "table"
-
-
-@pytest.mark.parametrize(
-    ("layers", "options", "words"),
-    [
-        ({"all": ["blocks"]}, {}, r"in no layer group: token, embed.weight, .* and 6 more; add their paths"),
-        (
-            {**LAYERS, "head": ["head", "blocks.1"]},
-            {},
-            r"parameters in two layer groups: blocks.1.pos_bias, .* more; make",
-        ),
-        ({"stem": ["embd"], "head": [""]}, {}, "layer group 'stem' names 'embd'.* not in Net; did you mean 'embed'"),
-        (LAYERS, {"lr_multipliers": {"^haed": 2.0}}, "'\\^haed' matches no parameter.*did you mean 'head'"),
-        (LAYERS, {"lr_multipliers": {"head": 2.0, "head.bias": 3.0}}, "or none that an earlier pattern leaves"),
-        (LAYERS, {"lr_multipliers": {"head": 0.0}}, "must be above 0; received 0"),
-        (LAYERS, {"layer_decay": 0.0}, "layer_decay must be above 0; received 0"),
-    ],
-)
-def test_groups_are_refused_early(layers: Any, options: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        param_groups(Net(), layers, weight_decay=None, **options)
-
-
-def test_empty_groups_are_dropped_and_one_path_may_cover_everything() -> None:
-    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
-    groups = param_groups(net, {"one": ["0"], "nothing": ["1"], "two": ["2"]}, weight_decay=None, layer_decay=0.5)
-    assert [(g["name"], g["lr_scale"]) for g in groups] == [("one", 0.25), ("two", 1.0)]
-    assert len(param_groups(net, {"all": [""]}, weight_decay=None)[0]["params"]) == 2
 
 
 # --- building -------------------------------------------------------------------------------------------------
@@ -421,50 +176,6 @@ def test_muon_alone_is_refused_by_the_name_of_what_to_take() -> None:
         build_optimizer(MuonWithAdamW, param_groups(convolutions, {"a": ["0"], "b": ["1"]}, weight_decay=None))
 
 
-def test_muon_gets_hidden_matrices_and_equals_the_two_optimisers_apart() -> None:
-    net = Net()
-    hidden = [
-        name for name, _ in net.named_parameters() if name.endswith(("proj_weight", "proj.weight", "hidden.weight"))
-    ]
-    twin = copy.deepcopy(net)
-    optimizer = build_optimizer(
-        partial(MuonWithAdamW, lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3),
-        param_groups(net, LAYERS, weight_decay=None),
-    )
-    assert {n for n, p in net.named_parameters() if group_of(net, optimizer, n)["muon"]} == set(hidden)
-    assert [row.name for row in describe(optimizer)][:4] == ["stem", "stem/no_decay", "block1", "block1/no_decay"]
-
-    matrices = [p for n, p in twin.named_parameters() if n in hidden]
-    free = {id(p) for g in param_groups(twin, LAYERS, weight_decay=None) if "weight_decay" in g for p in g["params"]}
-    rest = [p for n, p in twin.named_parameters() if n not in hidden]
-    apart = [
-        Muon(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        AdamW([p for p in rest if id(p) not in free], lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3),
-        AdamW([p for p in rest if id(p) in free], lr=0.02, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-3),
-    ]
-    for _ in range(4):
-        take_steps(net, optimizer, 1)
-        for part in apart:
-            part.zero_grad()
-        loss_of(twin).backward()
-        for part in apart:
-            part.step()
-    for (name, one), other in zip(net.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one, other, msg=name, rtol=1e-4, atol=1e-5)
-
-
-def test_muon_divides_a_group_that_holds_both() -> None:
-    net = Net()
-    groups = param_groups(net, LAYERS, weight_decay=None, decay_norms_and_biases=True, **SLOW)
-    optimizer = build_optimizer(partial(MuonWithAdamW, lr=0.01), groups)
-    rows = {row.name: row.lr for row in describe(optimizer)}
-    assert rows["block1"] == rows["block1/adamw"] == 0.0025
-    assert not group_of(net, optimizer, "head.weight")["muon"]
-    assert not group_of(net, optimizer, "embed.weight")["muon"]
-    plain = MuonWithAdamW(nn.Linear(3, 3).parameters())
-    assert [(group["muon"], len(group["params"])) for group in plain.param_groups] == [(True, 1), (False, 1)]
-
-
 # --- restoring ------------------------------------------------------------------------------------------------
 
 
@@ -490,19 +201,6 @@ def test_a_restored_optimiser_goes_on_as_if_it_had_not_stopped(cls: Callable[...
     assert take_steps(fresh, optimizer, 3) == expected[3:]
     for one, other in zip(fresh.parameters(), straight.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_pickled_muon_keeps_groups_and_state() -> None:
-    net = Net()
-    optimizer = build_optimizer(MuonWithAdamW, param_groups(net, LAYERS, weight_decay=None))
-    take_steps(net, optimizer, 2)
-    untouched = net
-    net, optimizer = pickle.loads(pickle.dumps((net, optimizer)))
-    before = copy.deepcopy(net.state_dict())
-    take_steps(net, optimizer, 1)
-    assert all(not torch.equal(before[name], p) for name, p in net.named_parameters())
-    assert len(optimizer.state) == len(list(net.parameters()))
-    assert torch.equal(untouched.hidden.weight, before["hidden.weight"])
 
 
 def resume(old: Callable[..., Optimizer], new: Callable[..., Optimizer], **options: Any) -> tuple[Optimizer, Any]:
@@ -702,83 +400,3 @@ def test_the_example_of_the_module_works_with_a_schedule() -> None:
 
 
 # --- the callbacks' copy of the rule -------------------------------------------------------------------------------
-
-
-def torchvision_net(name: str) -> nn.Module:
-    import torchvision
-
-    return torchvision.models.get_model(name)  # type: ignore[no-any-return]
-
-
-def timm_net(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name)  # type: ignore[no-any-return]
-
-
-def transformers_net(kind: str) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
-    return AutoModel.from_config(AutoConfig.for_model(kind))  # type: ignore[no-any-return]
-
-
-SPARED: list[tuple[Any, str, list[str], list[str]]] = [  # builder, name, some that are spared and some that decay
-    (torchvision_net, "vit_b_16", ["class_token", "encoder.pos_embedding", "encoder.ln.weight"], ["conv_proj.weight"]),
-    (
-        torchvision_net,
-        "swin_v2_t",
-        ["features.1.0.attn.logit_scale"],
-        ["features.1.0.attn.cpb_mlp.0.weight", "features.1.0.attn.qkv.weight"],
-    ),
-    (torchvision_net, "swin_t", ["features.1.0.attn.relative_position_bias_table"], ["head.weight"]),
-    (torchvision_net, "convnext_tiny", ["features.1.0.layer_scale"], ["features.1.0.block.0.weight"]),
-    (timm_net, "deit_tiny_distilled_patch16_224", ["cls_token", "dist_token", "pos_embed"], ["head_dist.weight"]),
-    (timm_net, "beit_base_patch16_224", ["blocks.0.gamma_1", "blocks.0.attn.relative_position_bias_table"], []),
-    (timm_net, "vit_base_patch14_dinov2", ["blocks.0.ls1.gamma", "cls_token"], ["blocks.0.attn.qkv.weight"]),
-    (timm_net, "fastvit_t8", ["stages.0.blocks.0.token_mixer.layer_scale.gamma"], ["head.fc.weight"]),
-    (timm_net, "resmlp_12_224", ["blocks.0.norm1.alpha"], ["blocks.0.linear_tokens.weight"]),
-    (timm_net, "halonet26t", ["stages.2.1.self_attn.pos_embed.height_rel"], ["stages.2.1.self_attn.kv.weight"]),
-    (timm_net, "vit_so400m_patch14_siglip_224", ["attn_pool.latent"], ["attn_pool.kv.weight"]),
-    (
-        transformers_net,
-        "bert",
-        ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "embeddings.LayerNorm.weight"],
-        ["encoder.layer.0.attention.self.query.weight", "pooler.dense.weight"],
-    ),
-    (transformers_net, "deberta-v2", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight"], []),
-    (transformers_net, "dinov2", ["embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"], []),
-    (transformers_net, "convnextv2", ["encoder.stages.0.layers.0.grn.weight"], []),
-    (transformers_net, "t5", ["shared.weight", "encoder.block.0.layer.0.layer_norm.weight"], []),
-    (transformers_net, "gpt2", ["wte.weight", "wpe.weight", "ln_f.weight"], ["h.0.attn.c_attn.weight"]),
-    (transformers_net, "llama", ["embed_tokens.weight", "norm.weight"], ["layers.0.mlp.up_proj.weight"]),
-    (transformers_net, "xlnet", ["layer.0.rel_attn.r_w_bias", "mask_emb"], ["layer.0.rel_attn.q"]),
-    (transformers_net, "ibert", ["embeddings.word_embeddings.weight"], ["encoder.layer.0.attention.self.query.weight"]),
-]
-
-
-@pytest.mark.filterwarnings("ignore")  # of theirs
-@pytest.mark.parametrize(("build", "name", "spared", "decays"), SPARED, ids=lambda v: v if isinstance(v, str) else "")
-def test_what_is_not_decayed_in_nets_of_all_libraries(
-    build: Any, name: str, spared: list[str], decays: list[str]
-) -> None:
-    """Both the recipes' groups and those of the callback's file: class tokens, tables, scales, norms, embeddings."""
-    with torch.device("meta"):
-        net = build(name)
-    ours = param_groups(net, {"all": [""]}, weight_decay=0.1)
-    theirs = layerwise_param_groups(net, lr=1.0, weight_decay=0.1)
-    free = [{p for g in groups if g["weight_decay"] == 0.0 for p in g["params"]} for groups in (ours, theirs)]
-    assert free[0] == free[1]
-    found = {path: parameter in free[0] for path, parameter in net.named_parameters(remove_duplicate=False)}
-    assert all(found[path] for path in spared)
-    assert not any(found[path] for path in decays)
-    linear = {m.weight for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    tied = {m.weight for m in net.modules() if isinstance(m, nn.Embedding)}
-    assert not free[0] & (linear - tied), "matrices decay"
-    assert all(p in free[0] for p in net.parameters() if p.ndim < 2)
-
-
-def test_the_rule_is_one_text() -> None:
-    """The callback's file must be copyable alone, and the parts know no callback: so it is there twice."""
-    assert inspect.getsource(unfreezing.role) == inspect.getsource(role)
-    for name in ("NORM", "EMBEDDING", "TABLE", "LAYERS"):
-        assert getattr(unfreezing, name) == getattr(optim, name)

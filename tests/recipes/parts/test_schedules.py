@@ -30,7 +30,6 @@ from recipes.parts.schedules import (
     Schedule,
     Step,
     WarmupStableDecay,
-    first_step,
 )
 
 T, W = 60, 7  # optimiser steps of a run, and of its warm-up where it has one
@@ -337,10 +336,6 @@ def test_the_rate_changes_where_the_turning_points_say(cls: type[Schedule]) -> N
             assert factors[step] == 1.0 > factors[step + 1] and not any(slopes[:step])
         else:
             assert factors[step] == {"rate peaks": max, "decay ends": min}[name](factors)
-
-
-def test_shares_mean_the_first_step_at_or_past_them() -> None:
-    assert [first_step(at, 100) for at in (0, 0.29, 0.7, 0.705, 1, 99)] == [0, 29, 70, 71, 1, 99]
 
 
 @pytest.mark.parametrize(

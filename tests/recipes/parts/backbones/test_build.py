@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import ast
-import copy
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from recipes.parts.backbones import backbone_facts, build_backbone
-from recipes.parts.backbones import build as backbones
 from recipes.parts.backbones.backbone import Backbone
 from recipes.parts.backbones.families import FAMILIES, Family
-from recipes.parts.backbones.small_resnet import SmallResNet
 from recipes.parts.spelling import nearest_name
 
 NAMES = [name for family in FAMILIES for name in family.names]
@@ -94,18 +88,6 @@ def called_blocks(backbone: Backbone, batch: Tensor) -> tuple[Any, list[str]]:
     return output, list(order)
 
 
-def test_every_torchvision_classifier_is_there_once() -> None:
-    own = ["resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56"]
-    assert sorted(NAMES) == sorted(TORCHVISION + own)
-
-
-def test_names_can_be_read_from_the_syntax_tree() -> None:
-    tree = ast.parse(Path(backbones.__file__).read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    tuples = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "names"]
-    assert [ast.literal_eval(node) for node in tuples] == [family.names for family in FAMILIES]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_cover_every_tensor_once(name: str) -> None:
     backbone = build_on_meta(name)
@@ -124,19 +106,6 @@ def test_images_become_features_block_by_block(family: Family) -> None:
     assert aux == []
     assert features.is_meta or features.std() > 0
     assert order == list(backbone.blocks)
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_facts_are_those_of_the_published_weights(name: str) -> None:
-    weights = models.get_model_weights(name)
-    preset = weights["DEFAULT"].transforms()
-    facts = backbone_facts(name)
-    assert [facts.input_size] == preset.crop_size
-    assert (facts.mean, facts.std) == (tuple(preset.mean), tuple(preset.std))
-    swag = ["SWAG" in entry.meta.get("license", "") for entry in weights]
-    assert facts.licence.startswith("CC-BY-NC-4.0") == all(swag)
-    assert ("CC-BY-NC-4.0" in facts.licence) == any(swag)
-    assert facts.source.startswith("https://arxiv.org/abs/")
 
 
 @pytest.mark.parametrize(
@@ -208,42 +177,6 @@ def test_vision_transformer_is_built_for_a_size() -> None:
         build_backbone("maxvit_t", image_size=64)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 32, 32, 3)])
-def test_other_shapes_than_images_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"'resnet8' expects images \(batch, 3, height, width\); received \("):
-        build_backbone("resnet8")(torch.rand(shape))
-
-
-@pytest.mark.parametrize(
-    ("name", "branches", "widths"),
-    [("inception_v3", ["aux"], (768,)), ("googlenet", ["aux1", "aux2"], (1024, 1024))],
-)
-def test_auxiliary_branches_give_features_in_training(name: str, branches: list[str], widths: tuple[int, ...]) -> None:
-    assert not set(branches) & set(build_on_meta(name).blocks)
-    backbone = build_on_meta(name, aux=True).to("meta")
-    assert backbone.aux_widths == widths
-    assert_covered(backbone)
-    (features, aux), order = called_blocks(backbone, images(backbone))
-    assert features.shape == (2, backbone.width)
-    assert [branch.shape for branch in aux] == [(2, width) for width in widths]
-    assert order == list(backbone.blocks)
-    assert set(branches) < set(order)
-    assert backbone(images(backbone)).shape == (2, backbone.width)
-    (_, aux), order = called_blocks(backbone.eval(), images(backbone))
-    assert aux == []
-    assert not set(branches) & set(order)
-
-
-def test_auxiliary_features_come_in_order_of_depth() -> None:
-    backbone = build_backbone("googlenet", aux=True)
-    seen: list[Tensor] = []
-    for branch in ("net.aux1", "net.aux2"):
-        backbone.get_submodule(branch).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    _, (aux1, aux2) = backbone.forward_aux(images(backbone))
-    assert aux1 is seen[0]
-    assert aux2 is seen[1]
-
-
 def test_auxiliary_branch_of_inception_needs_larger_images() -> None:
     backbone = build_on_meta("inception_v3", aux=True).to("meta")
     backbone.forward_aux(images(backbone, 299))
@@ -277,32 +210,6 @@ def test_small_stem_is_refused_elsewhere(name: str) -> None:
         build_backbone(name, small_stem=True)
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85)])
-def test_small_resnets_have_the_papers_layers_and_parameters(depth: int, millions: float) -> None:
-    net = SmallResNet(depth)
-    assert sum(isinstance(module, nn.Conv2d) for module in net.modules()) + 1 == depth
-    classifier = 64 * 10 + 10
-    assert round((sum(p.numel() for p in net.parameters()) + classifier) / 1e6, 2) == millions
-
-
-def test_small_resnets_halve_the_picture_twice() -> None:
-    net = SmallResNet(8)
-    assert net.layer3(net.layer2(net.layer1(torch.rand(1, 16, 32, 32)))).shape == (1, 64, 8, 8)
-    assert net(torch.rand(2, 3, 33, 31)).shape == (2, 64)
-    for depth in (2, 7, 18):
-        with pytest.raises(ValueError, match=rf"depth must be 6n \+ 2 with n of 1 or more; received {depth}"):
-            SmallResNet(depth)
-
-
-def test_shortcut_takes_every_other_pixel_and_pads_channels_at_the_end() -> None:
-    block = build_backbone("resnet8").get_submodule("net.layer2.0").eval()
-    nn.init.zeros_(block.bn2.weight)  # type: ignore[arg-type, union-attr]
-    images = torch.rand(1, 16, 32, 32)
-    output = block(images)
-    torch.testing.assert_close(output[:, :16], images[:, :, ::2, ::2])
-    assert output[:, 16:].eq(0).all()
-
-
 def test_unknown_names_are_told_the_nearest() -> None:
     for name, guess in (("resnet5", "resnet50"), ("ResNet18", "resnet18"), ("vit_b16", "vit_b_16")):
         sentence = f"backbone '{name}' is not known; did you mean '{guess}'? python -m recipes ls backbones lists them."
@@ -313,77 +220,6 @@ def test_unknown_names_are_told_the_nearest() -> None:
     with pytest.raises(ValueError, match="^backbone 'bert' is not known; python -m recipes ls backbones lists them.$"):
         build_backbone("bert")
     assert nearest_name("anything", []) is None
-
-
-def test_copies_keep_the_facts() -> None:
-    backbone = copy.deepcopy(build_backbone("resnet8"))
-    assert (backbone.width, backbone.input_size, backbone.mean) == (64, 32, backbone_facts("resnet8").mean)
-
-
-class TestTimm:
-    @pytest.fixture(autouse=True)
-    def timm(self) -> Any:
-        return pytest.importorskip("timm")
-
-    @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_maxvit"])
-    def test_images_become_features_block_by_block(self, name: str) -> None:
-        backbone = build_backbone(f"timm/{name}").eval()
-        assert_covered(backbone)
-        (features, _), order = called_blocks(backbone, images(backbone, backbone.input_size))
-        assert features.shape == (2, backbone.width)
-        assert order == list(backbone.blocks)
-        assert backbone.input_size == 160
-
-    def test_facts_are_those_of_the_weights(self, timm: Any) -> None:
-        config = timm.get_pretrained_cfg("test_vit")
-        facts = backbone_facts("timm/test_vit")
-        assert (facts.mean, facts.std) == (tuple(config.mean), tuple(config.std))
-        assert (facts.input_size, facts.fixed_size, facts.licence) == (160, True, "apache-2.0")
-        assert facts.source == "https://huggingface.co/timm/test_vit.r160_in1k"
-
-    def test_width_is_that_of_the_pooled_features(self) -> None:
-        backbone = build_on_meta("timm/mobilenetv3_small_050").to("meta").eval()
-        assert backbone.width == 1024  # num_features says 288
-        assert backbone(images(backbone)).shape == (2, 1024)
-
-    def test_without_a_grouping_each_child_is_a_block(self, monkeypatch: pytest.MonkeyPatch, timm: Any) -> None:
-        monkeypatch.delattr(timm.models.resnet.ResNet, "group_matcher")
-        backbone = build_backbone("timm/test_resnet")
-        assert list(backbone.blocks) == ["stem", "bn1", "layer1", "layer2", "layer3", "layer4"]
-        assert_covered(backbone)
-
-    def test_modules_with_buffers_only_join_the_block_before(self) -> None:
-        net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 5, 1), nn.ReLU())
-        assert backbones._timm_blocks(net) == {"stem": ["net.0", "net.1"], "2": ["net.2"]}
-
-    def test_image_size_of_nets_with_a_fixed_one(self, monkeypatch: pytest.MonkeyPatch, timm: Any) -> None:
-        backbone = build_backbone("timm/test_vit", image_size=64).eval()
-        assert backbone(images(backbone, 64)).shape == (2, 64)
-        with pytest.raises(ValueError, match="built for images of 64 px; received 160 x 160"):
-            backbone(images(backbone, 160))
-
-        def create_model(name: str, **options: Any) -> nn.Module:
-            raise TypeError("unexpected keyword argument 'img_size'")
-
-        monkeypatch.setattr(timm, "create_model", create_model)
-        with pytest.raises(ValueError, match="cannot be built for images of 64 px, only for its own 160 px"):
-            build_backbone("timm/test_vit", image_size=64)
-
-    def test_unknown_names_are_told_the_nearest(self) -> None:
-        with pytest.raises(ValueError, match="'timm/test_vitt' is not known; did you mean 'timm/test_vit'?"):
-            build_backbone("timm/test_vitt")
-
-    def test_options_of_torchvision_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="no stem to replace"):
-            build_backbone("timm/test_resnet", small_stem=True)
-        with pytest.raises(ValueError, match="no auxiliary branches"):
-            build_backbone("timm/test_resnet", aux=True)
-
-
-def test_missing_timm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r'need timm: pip install "finetuning-recipes\[timm\]"'):
-        build_backbone("timm/test_resnet")
 
 
 @pytest.mark.parametrize(
