@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from .cli import early
-from .parts.checkpoints import save_for_transformers
 
 if __name__ == "__main__":
     early.start("text", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
@@ -30,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
 from .cli.overrides import take_class_names
-from .parts.checkpoints import encoder_of, glance
+from .parts.checkpoints import encoder_of, glance, save_for_transformers
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from .cli import early
-from .training.precompute import precompute
 
 if __name__ == "__main__":
     early.start("vision", sys.argv[1:])  # tells a slip in a name before the imports below take seconds
@@ -38,6 +37,7 @@ from .parts.metrics import classification_metrics, per_class_counts
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .training.base import RecipeModule
+from .training.precompute import precompute
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ HOME = Path(__file__).parents[1]
 
 
 def recipes() -> dict[str, str]:
-    """Runnable modules and the first line of their docstrings."""
+    """Runnable modules and their docstrings."""
     found = {}
     for path in sorted(HOME.glob("[a-z]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+            found[path.stem] = ast.get_docstring(tree) or ""
     return found
 
 
@@ -38,16 +38,19 @@ def backbones() -> dict[str, str]:
 
 
 def classes(package: str) -> dict[str, str]:
-    """Public classes of a package and the first line of their docstrings."""
+    """Public classes of a package and their docstrings."""
     folder = HOME.parent / package
-    exported = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-    modules = [node.module for node in exported.body if isinstance(node, ast.ImportFrom) and node.level]
-    public = {alias.name for node in exported.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     found = {}
-    for module in modules:
-        for node in ast.parse((folder / f"{module}.py").read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name in public:
-                found[node.name] = (ast.get_docstring(node) or "").split("\n")[0]
+    for entry in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(entry, ast.ImportFrom) and entry.level:
+            public = {alias.name for alias in entry.names}
+            place = folder / str(entry.module)
+            for path in sorted(place.glob("*.py")) or [place.with_suffix(".py")]:
+                text = path.read_text(encoding="utf-8")
+                if any(f"class {name}(" in text for name in public):
+                    for node in ast.parse(text).body:
+                        if isinstance(node, ast.ClassDef) and node.name in public:
+                            found[node.name] = ast.get_docstring(node) or ""
     return found
 
 
@@ -65,7 +68,8 @@ def ls(kind: str, word: str) -> None:
     if kind and kind not in KINDS:
         kind, word = "", kind
     for name in [kind] if kind else list(KINDS):
-        rows = {k: v for k, v in KINDS[name]().items() if word.lower() in f"{k} {v}".lower()}
+        lines = {k: v.split("\n")[0] for k, v in KINDS[name]().items()}
+        rows = {k: v for k, v in lines.items() if word.lower() in f"{k} {v}".lower()}
         if not rows:
             continue
         print(f"{name}:")
@@ -87,15 +91,12 @@ def print_columns(words: Sequence[str], width: int = 100) -> None:
 
 def show(name: str) -> None:
     """Print a config, or the docstring of whatever else has this name."""
-    if name in recipes():
-        print(ast.get_docstring(ast.parse((HOME / f"{name}.py").read_text(encoding="utf-8"))))
+    if name in (commands := recipes()):
+        print(commands[name])
         return
     for package in ("datamodules", "callbacks"):
-        if name in classes(package):
-            for path in (HOME.parent / package).glob("*.py"):
-                for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                    if isinstance(node, ast.ClassDef) and node.name == name:
-                        print(f"{package}.{name}\n\n{ast.get_docstring(node)}")
+        if name in (found := classes(package)):
+            print(f"{package}.{name}\n\n{found[name]}")
             return
     if name in backbones():
         from ..parts.backbones import backbone_facts
