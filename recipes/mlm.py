@@ -146,7 +146,7 @@ class MaskedLanguageCLI(RecipeCLI):
 
     def after_fit(self) -> None:
         """Write the best checkpoint as a folder that plain transformers, and `recipes.text`, open."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        best = self.finished.best
         if best and self.trainer.is_global_zero:
             with quietly():
                 with_weights_of(self.model.net, best).save_pretrained(self.folder / "hf")

@@ -254,7 +254,7 @@ class TextCLI(RecipeCLI):
 
     def after_fit(self) -> None:
         """As in all recipes; and the best checkpoint as a folder that plain transformers opens."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        best = self.finished.best
         if best and self.trainer.is_global_zero:
             folder = self.folder / "hf"
             save_for_transformers(self.model, best, self.datamodule, folder)  # type: ignore[arg-type]

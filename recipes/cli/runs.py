@@ -51,9 +51,14 @@ class FinishedRun:
         return next((callback for callback in self.trainer.callbacks if type(callback).__name__ == "Report"), None)
 
     @property
+    def checkpoint(self) -> Any:
+        """The callback that keeps the best checkpoint: the first that monitors a metric; `None` where none does."""
+        return next((callback for callback in self.trainer.checkpoint_callbacks if callback.monitor), None)
+
+    @property
     def best(self) -> str:
         """Path of the best checkpoint of a fit, or nothing."""
-        return getattr(self.trainer.checkpoint_callback, "best_model_path", "") if self.subcommand == "fit" else ""
+        return getattr(self.checkpoint, "best_model_path", "") if self.subcommand == "fit" else ""
 
 
 def folder_for(config: Any, recipe: str, subcommand: str, started: float) -> Path:

@@ -85,12 +85,11 @@ def summary_rows(run: FinishedRun, tested: Mapping[str, float] | None) -> list[t
 def best_so_far(run: FinishedRun) -> str:
     """The best value of the monitored metric, and how long it took; nothing before the first validation."""
     trainer: Any = run.trainer
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    score = getattr(run.checkpoint, "best_model_score", None)
     if score is None:
         return ""
-    monitored = getattr(trainer.checkpoint_callback, "monitor", None) or run.model.monitor[0]
     steps = f"{counted(trainer.current_epoch, 'epoch')}, {counted(trainer.global_step, 'optimiser step')}"
-    return f"{monitored} {float(score):.4f}, of {steps}"
+    return f"{run.checkpoint.monitor} {float(score):.4f}, of {steps}"
 
 
 def nothing_best(run: FinishedRun) -> str:
@@ -119,7 +118,7 @@ def interruption_rows(run: FinishedRun) -> list[tuple[str, str]]:
     of = f" of {trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
     rows = [("stopped", f"in epoch {trainer.current_epoch + 1}{of}, after {counted(trainer.global_step, 'step')}")]
     if best := best_so_far(run):
-        rows.append(("best", f"{best}: {short(trainer.checkpoint_callback.best_model_path)}"))
+        rows.append(("best", f"{best}: {short(run.best)}"))
     last = run.folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         kept = glance(last)

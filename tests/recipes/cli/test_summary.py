@@ -77,3 +77,12 @@ def test_words_agree_with_their_numbers() -> None:
         "layer4, stem open": 5,
         "layer3 opens": 3,
     }
+
+
+def test_a_checkpoint_of_every_tenth_step_is_not_taken_for_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's `trainer.checkpoint_callback` is the first of them, and the config's come first."""
+    periodic = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=10"]
+    cli = main([*QUICK, "--trainer.max_epochs=1", "--test", *periodic])
+    assert Path(cli.finished.best).name == "best.ckpt"
+    said = capsys.readouterr().out
+    assert "best        val/accuracy" in said and "checkpoints/best.ckpt" in said
