@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import http.client
 import io
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -28,13 +26,12 @@ from recipes.deploy.restored import restore
 from recipes.deploy.samples import pixels
 from recipes.text import TextClassifier
 from recipes.vision import VisionClassifier
-from tests.conftest import picture
+from tests.recipes.deploy.test_requests import encoded, form
 from tests.tiny_encoders import sentence, tiny_encoder, tokenizer
 
 pytest.importorskip("litserve")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside LitServe's dependencies
 
-from recipes.deploy.requests import RequestError, file_of_form, limited, picture_of, sample_of  # noqa: E402
 from recipes.serve import answers, check_free, main  # noqa: E402
 
 CLASSES = ["a", "b", "c"]
@@ -165,18 +162,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     stopped(server)
 
 
-def encoded(number: int, format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    picture(number, 40 + number % 50, 60).save(buffer, format)
-    return buffer.getvalue()
-
-
-def form(content: bytes) -> tuple[bytes, str]:
-    head = b'--xyz\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'
-    head += b'--xyz\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
-    return head + content + b"\r\n--xyz--\r\n", "multipart/form-data; boundary=xyz"
-
-
 def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
     bodies = [encoded(number) for number in range(200)]
     broken = b"no picture"  # between the others, and in their batches
@@ -203,7 +188,7 @@ def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
     assert len(set(expected["label"].tolist())) == 3 and torch.pdist(everything).median() > 0.02, "they are distinct"
     for number, (status, answer) in enumerate(found):
         if number % 20 == 7:
-            assert status == 422 and "no picture that can be read" in answer["detail"]
+            assert status == 422 and "no image that can be read" in answer["detail"]
             continue
         assert status == 200, answer
         assert answer["label"] == CLASSES[int(expected["label"][number])]
@@ -262,31 +247,6 @@ def test_what_is_no_picture_is_told(pictures: Server) -> None:
     assert pictures.health() == 200
 
 
-@pytest.mark.parametrize("size", [(20_000, 1), (60_000, 1), (1, 60_000)])
-def test_a_strip_is_answered_in_little_memory(size: tuple[int, int]) -> None:
-    body = io.BytesIO()
-    Image.new("RGB", size, (10, 200, 30)).save(body, "PNG")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made = picture_of(body.getvalue(), 224)
-    assert made.shape == (3, 224, 224) and made[:, 5, 7].tolist() == [10, 200, 30]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, MemoryError, AttributeError])
-def test_whatever_a_decoder_raises_is_no_picture(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the header as in the pixels."""
-    body = encoded(1)
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise kind("odd")
-
-    for method in ("open", "Image.load"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"PIL.Image.{method}", fail)
-            with pytest.raises(RequestError, match="the body is no picture that can be read"):
-                picture_of(body, 32)
-
-
 def test_a_gigabyte_is_refused_unread(pictures: Server) -> None:
     assert pictures.post(encoded(3))[0] == 200
     before = pictures.memory()
@@ -303,34 +263,6 @@ def test_a_gigabyte_is_refused_unread(pictures: Server) -> None:
     assert pictures.health() == 200
 
 
-def test_the_limit_holds_to_the_byte() -> None:
-    held: list[int] = []
-
-    async def pieces(sizes: list[int]) -> Any:
-        for size in sizes:
-            held.append(size)
-            yield bytes(size)
-
-    assert len(asyncio.run(limited(pieces([4, 6]), None, 10))) == 10
-    for declared, sizes in ((None, [4, 7, 5]), ("11", [1]), ("3", [11])):
-        held.clear()
-        with pytest.raises(RequestError, match="longer than") as refused:
-            asyncio.run(limited(pieces(sizes), declared, 10))
-        assert refused.value.status == 413 and sum(held) <= 11, "what comes after is not asked for"
-
-
-def test_samples_from_bodies() -> None:
-    content = bytes(range(256)) * 3 + b"\r\n--xy\r\n\r\n--"
-    body, kind = form(content)
-    assert file_of_form(body, kind) == content
-    assert sample_of(content, "image/png", "vision") == content
-    url = json.dumps({"image": "data:image/png;base64," + base64.b64encode(content).decode()}).encode()
-    assert sample_of(url, "application/json; charset=utf-8", "vision") == content
-    assert sample_of(b'{"text": "a", "pair": "b"}', "", "text", pairs=True) == ("a", "b")
-    with pytest.raises(RequestError, match="pair"):
-        sample_of(b'{"text": "a"}', "", "text", pairs=True)
-
-
 def test_answers_of_every_problem() -> None:
     logits = torch.tensor([[2.0, -1.0, 1.0]])
     (several,) = answers(logits, CLASSES, "multi_label_classification")
@@ -342,18 +274,6 @@ def test_a_mistake_on_the_command_line_gets_a_sentence(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         main(["none.ckpt"])
     assert ended.value.code == 2 and "no checkpoint none.ckpt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("lines", ["\n", "\r\n"])
-def test_base64_may_have_line_ends(lines: str) -> None:
-    content = encoded(1)
-    body = json.dumps({"image": lines.join(base64.encodebytes(content).decode().split("\n"))}).encode()
-    assert sample_of(body, "application/json", "vision") == content
-
-
-def test_a_form_may_name_its_file_by_the_newer_rule() -> None:
-    head = b"--xyz\r\nContent-Disposition: form-data; name=\"f\"; filename*=UTF-8''caf%C3%A9.jpg\r\n\r\n"
-    assert file_of_form(head + b"pixels\r\n--xyz--", "multipart/form-data; boundary=xyz") == b"pixels"
 
 
 def test_a_port_that_is_taken_is_a_sentence_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

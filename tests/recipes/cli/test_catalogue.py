@@ -8,6 +8,7 @@ import pytest
 
 from recipes.__main__ import main
 from recipes.cli import early as names
+from recipes.cli.catalogue import recipe_of
 
 
 def test_ls_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,3 +49,10 @@ def test_copy(capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
 def output(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     main(args)
     return capsys.readouterr().out
+
+
+def test_a_folder_called_export_is_no_recipe(own_folder: Path) -> None:
+    (own_folder / "export").mkdir()
+    (own_folder / "export" / "mine.yaml").touch()
+    assert recipe_of("export/mine.yaml") == "vision"
+    assert recipe_of("text/quickstart") == "text"
