@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..parts.backbones import backbone_facts
-from ..parts.backbones.families import FAMILIES
+from ..parts.backbones.families import FAMILY_OF
 from ..parts.backbones.small_resnet import SmallResNet
 from .restored import READING
 
@@ -191,15 +191,12 @@ def net_lines(model: Any) -> tuple[str, list[str]]:
     if isinstance(net, SmallResNet):
         depth = int(name.removeprefix("resnet"))
         return "import runpy", [f'net = runpy.run_path(f"{{folder}}/small_resnet.py")["SmallResNet"]({depth})']
-    options = ""
-    if name.startswith("vit_"):
-        options = f", image_size={size}"
-    elif name.startswith("maxvit"):
-        options = f", input_size=({size}, {size})"
-    elif name in ("inception_v3", "googlenet"):
-        options = ", aux_logits=False, init_weights=False, transform_input=True"
-    lines = [f'net = get_model("{name}", weights=None{options})']
-    family = next(family for family in FAMILIES if name in family.names)
+    family = FAMILY_OF[name]
+    options = family.options(size, False)
+    if "init_weights" in options:
+        options["init_weights"] = False  # slow, and the weights are about to be loaded
+    given = "".join(f", {key}={value!r}" for key, value in options.items())
+    lines = [f'net = get_model("{name}", weights=None{given})']
     for path in family.strip:
         kept = net.get_submodule(path)
         lines.append(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
+
+from .spelling import did_you_mean
 
 ParamGroup: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["weight", "vector", "table"]
@@ -177,7 +178,7 @@ def _homes(
             if path not in known:
                 raise ValueError(
                     f"layer group {layer!r} names {path!r}, which is not in {type(module).__name__}"
-                    + _did_you_mean(path, known)
+                    + did_you_mean(path, sorted(known))
                 )
             for name, _, _ in places:
                 inside = path in ("", name) or name.startswith(f"{path}.")
@@ -208,18 +209,14 @@ def _multipliers(
     names = {name for _, name in homes.values()}
     for pattern, scale in patterns.items():
         if pattern in unused:
+            words = sorted(names | {part for name in names for part in name.split(".")})
             raise ValueError(
                 f"lr_multipliers: {pattern!r} matches no parameter, or none that an earlier pattern leaves to it"
-                + _did_you_mean(pattern, names | {part for name in names for part in name.split(".")})
+                + did_you_mean(re.sub(r"[\^$]", "", pattern), words)
             )
         if scale <= 0:
             raise ValueError(f"lr_multipliers: {pattern!r} must be above 0; received {scale:g}; freeze it instead")
     return scales
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(re.sub(r"[\^$]", "", word), sorted(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _some(names: Sequence[str]) -> str:

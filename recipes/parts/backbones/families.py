@@ -20,29 +20,22 @@ _BSD_OR_SWAG = f"{_BSD} (IMAGENET1K_SWAG_*: CC-BY-NC-4.0, https://arxiv.org/abs/
 _SWAG = "CC-BY-NC-4.0 (SWAG, https://arxiv.org/abs/2201.08371); trained on ImageNet, whose terms apply"
 
 
-def _torchvision(name: str, size: int, aux: bool, **options: Any) -> nn.Module:
-    from torchvision import models  # takes seconds to import, and the facts need none of it
-
-    net: nn.Module = models.get_model(name, weights=None, **options)
-    return net
+def _plain(size: int, aux: bool) -> dict[str, Any]:
+    return {}
 
 
-def _sized(name: str, size: int, aux: bool) -> nn.Module:
-    return _torchvision(name, size, aux, image_size=size)
+def _sized(size: int, aux: bool) -> dict[str, Any]:
+    return {"image_size": size}
 
 
-def _grid_sized(name: str, size: int, aux: bool) -> nn.Module:
-    return _torchvision(name, size, aux, input_size=(size, size))
+def _grid_sized(size: int, aux: bool) -> dict[str, Any]:
+    return {"input_size": (size, size)}
 
 
-def _inception(name: str, size: int, aux: bool) -> nn.Module:
+def _inception(size: int, aux: bool) -> dict[str, Any]:
     # transform_input: the weights come from TensorFlow, where pixels lie in [-1, 1]; the net itself converts
     # ImageNet-normalised images, as torchvision does for its own weights.
-    return _torchvision(name, size, aux, aux_logits=aux, init_weights=True, transform_input=True)
-
-
-def _small(name: str, size: int, aux: bool) -> nn.Module:
-    return SmallResNet(int(name.removeprefix("resnet")))
+    return {"aux_logits": aux, "init_weights": True, "transform_input": True}
 
 
 def _nothing(stripped: nn.Module) -> nn.Module:
@@ -130,7 +123,7 @@ class Family:
         source: Link to the paper.
         blocks: Net -> its blocks, with paths inside the net.
         strip: Name of a module -> what takes its place. The first is the classifier.
-        build: (name, side in pixels, auxiliary branches) -> net with its classifier.
+        options: (side in pixels, auxiliary branches) -> what torchvision builds the net with.
         width: Number of features; None for what the last linear layer of the classifier reads.
         input_size: Side in pixels of the images the weights were evaluated at: one, or one for each name.
         min_size: Smallest side in pixels.
@@ -147,7 +140,7 @@ class Family:
     source: str
     blocks: Callable[[nn.Module], Blocks]
     strip: Mapping[str, Callable[[nn.Module], nn.Module]]
-    build: Callable[[str, int, bool], nn.Module] = _torchvision
+    options: Callable[[int, bool], dict[str, Any]] = _plain
     width: int | None = None
     input_size: int | tuple[int, ...] = 224
     min_size: int = 1
@@ -158,6 +151,15 @@ class Family:
     small_stem: bool = False
     aux: Mapping[str, str] = field(default_factory=dict)
     aux_min_size: int = 1
+
+    def build(self, name: str, size: int, aux: bool) -> nn.Module:
+        """A net of the family with its classifier, without weights."""
+        if not self.strip:
+            return SmallResNet(int(name.removeprefix("resnet")))
+        from torchvision import models  # takes seconds to import, and the facts need none of it
+
+        net: nn.Module = models.get_model(name, weights=None, **self.options(size, aux))
+        return net
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -211,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
             mixed7="Mixed_7a Mixed_7b Mixed_7c",
         ),
         strip={"fc": _nothing, "dropout": _nothing},
-        build=_inception,
+        options=_inception,
         input_size=299,
         min_size=75,
         aux={"AuxLogits": "fc"},
@@ -229,7 +231,7 @@ FAMILIES: tuple[Family, ...] = (
             inception5="inception5a inception5b",
         ),
         strip={"fc": _nothing, "dropout": _nothing},
-        build=_inception,
+        options=_inception,
         min_size=15,
         aux={"aux1": "fc2", "aux2": "fc2"},
         aux_min_size=15,
@@ -290,7 +292,7 @@ FAMILIES: tuple[Family, ...] = (
         source="https://arxiv.org/abs/2010.11929",
         blocks=_transformer_layers,
         strip={"heads": _nothing},
-        build=_sized,
+        options=_sized,
         min_size=16,
         multiple_of=16,
         licence=_BSD_OR_SWAG,
@@ -300,7 +302,7 @@ FAMILIES: tuple[Family, ...] = (
         source="https://arxiv.org/abs/2010.11929",
         blocks=_transformer_layers,
         strip={"heads": _nothing},
-        build=_sized,
+        options=_sized,
         min_size=32,
         multiple_of=32,
     ),
@@ -309,7 +311,7 @@ FAMILIES: tuple[Family, ...] = (
         source="https://arxiv.org/abs/2010.11929",
         blocks=_transformer_layers,
         strip={"heads": _nothing},
-        build=_sized,
+        options=_sized,
         input_size=518,
         min_size=14,
         multiple_of=14,
@@ -342,7 +344,7 @@ FAMILIES: tuple[Family, ...] = (
             neck="classifier",
         ),
         strip={"classifier": _first(5)},  # pooling, flattening, normalisation, a linear layer, tanh
-        build=_grid_sized,
+        options=_grid_sized,
         min_size=224,
         multiple_of=224,
     ),
@@ -426,7 +428,6 @@ FAMILIES: tuple[Family, ...] = (
         source="https://arxiv.org/abs/1512.03385",
         blocks=_named(stem="conv1 bn1", layer1="layer1", layer2="layer2", layer3="layer3"),
         strip={},
-        build=_small,
         width=64,
         input_size=32,
         mean=CIFAR10_MEAN,

@@ -14,7 +14,7 @@ from tests.recipes.cli.test_mistakes import QUICK
 def test_a_learning_rate_finder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*QUICK, "--trainer.callbacks+=LearningRateFinder"])
-    assert "gives every parameter group the same rate" in capsys.readouterr().err
+    assert "gives every parameter group the same learning rate" in capsys.readouterr().err
 
 
 def test_what_the_command_line_adds_takes_the_place_of_the_configs(own_folder: Path) -> None:

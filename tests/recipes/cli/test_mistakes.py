@@ -28,7 +28,7 @@ MISTAKES = [
     ("QUICK --model.head_init zero", "did you mean 'zeros'?"),
     ("QUICK --model.loss focl", "did you mean 'focal'?"),
     ("QUICK --model.image_size big", "model.image_size: expected a whole number or null; got 'big'"),
-    ("QUICK --model.image_size 0", "needs pictures of at least | model.image_size is 0"),
+    ("QUICK --model.image_size 0", "needs images of at least | model.image_size is 0"),
     (
         "QUICK --trainer.callbacks+=Freeze --trainer.callbacks.train_last_blocks=9",
         "train_last_blocks must be 0 to 5, not 9",

@@ -141,7 +141,7 @@ def test_freezing_flips_requires_grad_and_the_row_says_so() -> None:
 def test_lbfgs_has_one_group_and_one_rate() -> None:
     plain = param_groups(Net(), LAYERS, weight_decay=None)
     assert [row.name for row in describe(build_optimizer(LBFGS, plain))] == ["all"]
-    with pytest.raises(ValueError, match="L-BFGS has one rate for all parameters; set layer_decay to 1"):
+    with pytest.raises(ValueError, match="L-BFGS has one learning rate for all parameters; set layer_decay to 1"):
         build_optimizer(LBFGS, param_groups(Net(), LAYERS, weight_decay=None, **SLOW))
 
 
@@ -169,7 +169,7 @@ def test_a_sparse_embedding_is_never_fused() -> None:
 
 
 def test_muon_alone_is_refused_by_the_name_of_what_to_take() -> None:
-    with pytest.raises(ValueError, match=r"take recipes\.parts\.optim\.MuonWithAdamW"):
+    with pytest.raises(ValueError, match=r"take recipes\.parts\.muon\.MuonWithAdamW"):
         build_optimizer(Muon, param_groups(Net(), LAYERS, weight_decay=None))
     convolutions = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no hidden matrix"):

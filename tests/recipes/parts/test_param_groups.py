@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from callbacks import layerwise_param_groups
-from callbacks.unfreezing import gradual as unfreezing
-from recipes.parts import optim
+from callbacks.unfreezing import blocks as unfreezing
+from recipes.parts import param_groups as param_groups_file
 from recipes.parts.optim import build_optimizer
 from recipes.parts.param_groups import describe, param_groups, role
 from tests.recipes.parts.nets import LAYERS, SLOW, Block, FancyRMSNorm, Net, timm_net, torchvision_net, transformers_net
@@ -243,4 +243,4 @@ def test_the_rule_is_one_text() -> None:
     """The callback's file must be copyable alone, and the parts know no callback: so it is there twice."""
     assert inspect.getsource(unfreezing.role) == inspect.getsource(role)
     for name in ("NORM", "EMBEDDING", "TABLE", "LAYERS"):
-        assert getattr(unfreezing, name) == getattr(optim, name)
+        assert getattr(unfreezing, name) == getattr(param_groups_file, name)

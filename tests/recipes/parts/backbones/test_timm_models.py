@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from recipes.parts.backbones import backbone_facts, build_backbone
-from recipes.parts.backbones import build as backbones
+from recipes.parts.backbones import backbone_facts, build_backbone, timm_models
 from tests.recipes.parts.backbones.test_build import assert_covered, build_on_meta, called_blocks, images
 
 
@@ -47,7 +46,7 @@ class TestTimm:
 
     def test_modules_with_buffers_only_join_the_block_before(self) -> None:
         net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 5, 1), nn.ReLU())
-        assert backbones._timm_blocks(net) == {"stem": ["net.0", "net.1"], "2": ["net.2"]}
+        assert timm_models._timm_blocks(net) == {"stem": ["net.0", "net.1"], "2": ["net.2"]}
 
     def test_image_size_of_nets_with_a_fixed_one(self, monkeypatch: pytest.MonkeyPatch, timm: Any) -> None:
         backbone = build_backbone("timm/test_vit", image_size=64).eval()
