@@ -49,6 +49,8 @@ LIBRARIES = {  # package, or room -> what of other people's its files may import
     | {"pyarrow", "PIL", "scipy", "sklearn", "filelock", "fsspec", "tqdm"},
 }
 LONG = {  # files of more than 400 lines, and why they are one
+    "recipes/parts/backbones/families.py": "a table, a family a row",
+    "recipes/parts/schedules.py": "ten schedules of a few lines each, read side by side; a config names them by this path",
 }
 
 
@@ -152,6 +154,12 @@ def test_every_public_thing_has_a_docstring(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{node.name} in {path.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=name_of)
+def test_every_module_has_its_tests_where_the_tree_says(path: Path) -> None:
+    where = HOME / "tests" / path.relative_to(HOME).parent / f"test_{path.stem.strip('_')}.py"
+    assert "\ndef test_" in where.read_text() or "    def test_" in where.read_text()
 
 
 def test_no_file_is_two_things() -> None:
