@@ -161,7 +161,7 @@ def fisher(make: Callable[[], tuple[nn.Module, Tensor, int, int]], exact: bool) 
     model = Classifier(net)
     few = x[:LOOP_SAMPLES]
     parameters = dict(model.named_parameters())
-    estimator: Any = "exact" if exact else "sampled"
+    estimator: Any = "exact" if exact else "signs"
     batches = {"ours": x.split(FISHER_BATCH), "loop_same_passes": few.split(FISHER_BATCH)}
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
         "ours": (

@@ -1,7 +1,7 @@
 """Averaged weights that are validated, saved as best and tested, while training goes on with the raw ones.
 
-Two kinds: the exponential moving average of the run, and the interpolation with the weights that the run began with.
-Both can be had without a Trainer, too:
+Two kinds: the exponential moving average of the run, and the interpolation with the weights that it began with. Both
+work without a Trainer, too:
 
     average = [p.detach().clone() for p in net.parameters()]
     ...                                                  # after each optimiser step
@@ -24,13 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 @torch.no_grad()
 def ema_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """In place: average <- decay * average + (1 - decay) * weights. Where both are equal nothing changes."""
+    """In place: average <- decay * average + (1 - decay) * weights; equal ones do not change."""
     same = [w if w.dtype == a.dtype else w.to(a.dtype) for a, w in zip(average, weights, strict=True)]
     torch._foreach_lerp_(list(average), same, 1.0 - decay)
 
 
 def warmed_up(decay: float, updates: int) -> float:
-    """A decay that is short at first, so that the average soon forgets where it began: 0.1, 0.18, 0.25, ... `decay`."""
+    """A decay that is low at first, so that the average soon forgets its start: 0.1, 0.18, 0.25, ... `decay`."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
@@ -42,7 +42,7 @@ def interpolate(new: Sequence[Tensor], old: Sequence[Tensor], share: float) -> l
 
 
 class _Averaging(Callback):
-    """What both kinds share: which tensors, when they change places, and what goes into a checkpoint."""
+    """What both kinds share: which tensors, when they are swapped, and what goes into a checkpoint."""
 
     fitting = False
 
@@ -56,15 +56,15 @@ class _Averaging(Callback):
         self.restored: dict[str, Any] | None = None
 
     def averaged(self, weights: list[Tensor]) -> list[Tensor]:
-        """What takes the place of the weights, in the order of `kept`."""
+        """What replaces the weights, in the order of `kept`."""
         raise NotImplementedError
 
     def has_average(self) -> bool:
-        """Whether there is anything to take the weights' place."""
+        """Whether there is anything to replace the weights with."""
         return bool(self.kept)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would go wrong without a word; come first, so that others find the weights they expect."""
+        """Refuse what would silently go wrong; come first, so that others find the weights they expect."""
         self.fitting = stage == "fit"
         if not self.fitting:
             return
@@ -77,21 +77,21 @@ class _Averaging(Callback):
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         for other in others:
             if isinstance(other, _Averaging) or _is(other, "WeightAveraging", "StochasticWeightAveraging"):
-                raise ValueError(f"{name} and {type(other).__name__} would both replace the weights; take one of them")
+                raise ValueError(f"{name} and {type(other).__name__} would both replace the weights; use one of them")
             if getattr(other, "save_weights_only", False):
                 raise ValueError(
-                    "with save_weights_only=True callbacks have no say in a checkpoint, and it would hold the raw "
+                    "with save_weights_only=True callbacks cannot change a checkpoint, and it would hold the raw "
                     f"weights in place of {name}'s; leave it off: `state_dict` then holds the averaged ones"
                 )
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin where the weights are, or take up what the checkpoint holds."""
+        """Begin with the weights, or with what the checkpoint holds."""
         self.places = _places(pl_module)
         if self.restored is None:
             if trainer.ckpt_path:
-                rank_zero_warn(f"the checkpoint holds nothing of {type(self).__name__}: it begins with these weights")
+                rank_zero_warn(f"the checkpoint holds nothing of {type(self).__name__}: it begins with its weights")
             self._begin(name for name, (store, key) in self.places.items() if _moves(store[key]))
             return
         unknown = self.restored["kept"].keys() - self.places.keys()
@@ -125,13 +125,13 @@ class _Averaging(Callback):
             self.kept[name] = weight.float() if half else weight.clone()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Weights that were frozen so far have not moved yet: now is their start."""
+        """Begin with weights that were frozen so far: they have not moved yet."""
         if len(self.kept) < len(self.places):
             self._begin(n for n, (store, key) in self.places.items() if n not in self.kept and _moves(store[key]))
 
     @torch.no_grad()
     def swap_in(self) -> None:
-        """Puts the averaged weights into the module, unless they are there."""
+        """Put the averaged weights into the module, unless they are there."""
         if self.raw is None and self.has_average():
             weights = self._weights()
             averaged = self.averaged(weights)
@@ -140,7 +140,7 @@ class _Averaging(Callback):
 
     @torch.no_grad()
     def swap_out(self) -> None:
-        """Puts the raw weights back, bitwise."""
+        """Restore the raw weights, bitwise."""
         if self.raw is not None:
             self._write(self.raw)
             self.raw = None
@@ -156,11 +156,11 @@ class _Averaging(Callback):
             self.swap_out()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averaged weights in, to stay."""
+        """Averaged weights in, for good."""
         self.swap_in()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where a run was over before it began."""
+        """The same where a resumed run was already over."""
         self.swap_in()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -169,14 +169,14 @@ class _Averaging(Callback):
             self.swap_out()
 
     def state_dict(self) -> dict[str, Any]:
-        """Raw weights and what is kept; the averaged ones are the checkpoint's `state_dict`."""
+        """Raw weights and what is kept; the averaged ones are in the checkpoint's `state_dict`."""
         if not self.kept:
             return {}
         raw = self.raw or dict(zip(self.kept, self._weights(), strict=True))
         return {"raw": raw, "kept": self.kept, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Wait until the module is in place; in a test there is nothing to go on with."""
+        """Wait until the module is in place; a test needs nothing of it."""
         self._reset()
         if self.fitting:
             self.restored = state_dict
@@ -189,10 +189,8 @@ class _Averaging(Callback):
         weights = self._weights()
         averaged = [a.to(w.dtype) for a, w in zip(self.averaged(weights), weights, strict=True)]
         by_tensor = {id(self.places[n][0][self.places[n][1]]): a for n, a in zip(self.kept, averaged, strict=True)}
-        names = chain(
-            pl_module.named_parameters(remove_duplicate=False), pl_module.named_buffers(remove_duplicate=False)
-        )
-        for name, tensor in names:
+        every: Any = (pl_module.named_parameters, pl_module.named_buffers)
+        for name, tensor in chain(*(named(remove_duplicate=False) for named in every)):
             if name in checkpoint["state_dict"] and id(tensor) in by_tensor:
                 checkpoint["state_dict"][name] = by_tensor[id(tensor)]
 
@@ -203,7 +201,7 @@ def _is(thing: Any, *names: str) -> bool:
 
 
 def _places(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where each floating-point parameter and saved buffer is found, tied ones once: a buffer may be replaced."""
+    """Where each floating-point parameter and saved buffer is stored, tied ones once: a buffer may be replaced."""
     found: dict[str, tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()
     stores = (
@@ -226,16 +224,15 @@ class EMA(_Averaging):
     """Validates, saves and tests an exponential moving average of the weights; training goes on with the raw ones.
 
     After each optimiser step that was made (not one that an fp16 scaler skipped), average <- d * average +
-    (1 - d) * weights, in one call. `d` is short at first: min(decay, (1 + t) / (10 + t)) at update t. A checkpoint's
-    `state_dict` holds the averaged weights, so that the best one is the best average, and any tool that loads it gets
-    that; the raw ones are among the callbacks' states, from where a resumed fit takes them up bitwise. After the fit
-    the module holds the averaged weights. After an exception it holds the raw ones.
+    (1 - d) * weights, in one call. `d` is low at first: min(decay, (1 + t) / (10 + t)) at update t. A checkpoint's
+    `state_dict` holds the averaged weights, so the best one is the best average, and any tool that loads it gets that;
+    the raw ones are among the callbacks' states, from where a resumed fit restores them bitwise. After the fit the
+    module holds the averaged weights, after an exception the raw ones.
 
-    BatchNorm's statistics, and other saved floating-point buffers, are averaged likewise; what counts in whole
-    numbers stays as it is. Frozen parameters are left alone: they take no memory and stay exact; one that is opened
-    begins its average then. Half-precision weights are averaged in float32. It costs one copy of what is trained,
-    and another one during validation. `trainer.save_checkpoint(weights_only=True)` passes callbacks over: during
-    training it saves raw weights.
+    BatchNorm's statistics and other saved floating-point buffers are averaged, too; integers stay as they are. Frozen
+    parameters take no memory and stay exact; one that is opened begins its average then. Half-precision weights are
+    averaged in float32. It costs one copy of what is trained, and another one during validation.
+    `trainer.save_checkpoint(weights_only=True)` ignores callbacks: during training it saves raw weights.
 
     Runs on: fit start, optimiser step, batch end, validation start and end, train end, exceptions, checkpoints.
     Touches: the weights during validation and after the fit; `state_dict` in checkpoints; its place in
@@ -244,7 +241,7 @@ class EMA(_Averaging):
     Args:
         decay: Share of the average that an update keeps, at least 0 and below 1. 0.999 remembers some 1,000 updates.
         every_n_steps: Optimiser steps from one update to the next.
-        warmup: Whether the decay is short at first. Without, the starting point weighs `decay ** updates` in the end.
+        warmup: Whether the decay is low at first. Without, the start weighs `decay ** updates` in the end.
 
     Raises:
         ValueError: A value out of range; another callback that replaces the weights; `save_weights_only=True`; a
@@ -273,11 +270,11 @@ class EMA(_Averaging):
         return list(self.kept.values())
 
     def has_average(self) -> bool:
-        """Not before the first update: what is kept are the weights that the run began with."""
+        """Not before the first update: until then the start is kept."""
         return self.updates > 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn of each step that is really made."""
+        """Hook the steps that are really made."""
         self.stepped = False
         self.handles = [optimizer.register_step_post_hook(self._note_step) for optimizer in trainer.optimizers]
 
@@ -293,7 +290,7 @@ class EMA(_Averaging):
             self.updates += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averaged weights in, to stay."""
+        """Averaged weights in, for good."""
         self._remove_hooks()
         if not self.updates:
             rank_zero_warn(
@@ -316,11 +313,11 @@ class EMA(_Averaging):
 class Interpolation(_Averaging):
     """Validates, saves and tests share * weights + (1 - share) * start: between the fine-tuned and the pretrained net.
 
-    Such a net often keeps more of what the pretrained one could do, at little cost or none on the new task. Where the
-    fit began is kept; the interpolation is made anew for each validation and checkpoint, and training goes on with the
-    raw weights. Checkpoints, resuming, frozen parameters, buffers and costs are as with `EMA`; a checkpoint holds the
-    start, too. BatchNorm's statistics are interpolated as well, which is not what the interpolated net would measure:
-    where that matters, measure them anew on training data (`torch.optim.swa_utils.update_bn`).
+    Such a net often keeps more of what the pretrained one could do, at little cost or none on the new task. The
+    interpolation is computed for each validation and checkpoint, and training goes on with the raw weights.
+    Checkpoints, resuming, frozen parameters, buffers and costs are as with `EMA`; a checkpoint holds the start, too.
+    BatchNorm's statistics are interpolated as well, which is not what the interpolated net would measure: where that
+    matters, measure them on training data (`torch.optim.swa_utils.update_bn`).
 
     Runs on: fit start, optimiser step (parameters opened by then), validation start and end, train end, exceptions,
     checkpoints. Touches: as `EMA`.

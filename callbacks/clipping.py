@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def percentile_limit(history: Tensor, percentile: float, warmup_steps: int = 0) -> Tensor:
-    """The percentile of the norms in a history; infinity while these are no more than `warmup_steps`.
+    """The percentile of the norms in a history; infinity up to `warmup_steps` norms.
 
     Args:
-        history: Norms `(steps,)`; NaN is no entry.
-        percentile: 0.0 to 100.0; between two norms it is interpolated.
+        history: Norms `(steps,)`; NaN is ignored.
+        percentile: 0.0 to 100.0; interpolated between two norms.
         warmup_steps: Norms to wait for.
     """
     limit = torch.nanquantile(history, percentile / 100.0)
@@ -40,8 +40,8 @@ def percentile_limit(history: Tensor, percentile: float, warmup_steps: int = 0) 
 
 @torch.no_grad()
 def clip_norm_(gradients: list[Tensor], norm: Tensor, limit: Tensor) -> None:
-    """Scales gradients of a total `norm` down to `limit`; one that is not finite is left as it is."""
-    clips = norm.isfinite() & (norm > limit)  # a norm of 0 at a limit of 0 is left alone, too
+    """Scales gradients of a total `norm` down to `limit`, unless the norm is not finite."""
+    clips = norm.isfinite() & (norm > limit)  # not 0 at a limit of 0
     torch._foreach_mul_(gradients, torch.where(clips, limit / norm, 1.0))
 
 
@@ -69,7 +69,7 @@ def clip_units_(
     Args:
         parameters: With gradients, which are changed in place.
         ratio: Above 0.0.
-        eps: Least norm of weights that counts, so that what begins at zero can grow.
+        eps: Lower bound of the weights' norm, so that what begins at zero can grow.
         unit_dims: Dimension of the units, where it is not 0.
 
     Returns:
@@ -89,20 +89,20 @@ def clip_units_(
 class AutoClip(Callback):
     """Clips the total gradient norm to a percentile of the norms seen so far.
 
-    The present norm is part of the history, so the first step is never clipped. Norms that are not finite, as in a
-    step that a float16 scaler skips, never enter it, and such gradients are left as they are. Every rank sees the
-    same gradients and keeps the same history, which is in the checkpoint. Nothing is read back from the device.
-    Log steps log `autoclip/norm`, before clipping, and `autoclip/limit`.
+    The current norm is part of the history, so the first step is never clipped. Norms that are not finite, as in a
+    step that a float16 scaler skips, never enter it, and such gradients do not change. Every rank sees the same
+    gradients and keeps the same history, which is in the checkpoint. Nothing is read back from the device. Log steps
+    log `autoclip/norm`, before clipping, and `autoclip/limit`.
 
     Runs on: on_before_optimizer_step, after all others. Touches: gradients; its place in `trainer.callbacks`.
 
     Args:
         percentile: 0.0 to 100.0; the lower, the more is clipped.
-        history: How many of the last optimiser steps count.
-        warmup_steps: Finite norms to see before the first clipping.
+        history: Length of the history in optimiser steps.
+        warmup_steps: Finite norms before the first clipping.
 
     Raises:
-        ValueError: Several optimisers, L-BFGS, sharded parameters, or a number that makes no sense.
+        ValueError: Several optimisers, L-BFGS, sharded parameters, or an argument out of range.
 
     Source: Seetharaman et al. 2020, https://arxiv.org/abs/2007.14469
 
@@ -112,20 +112,20 @@ class AutoClip(Callback):
 
     def __init__(self, percentile: float = 10.0, history: int = 1000, warmup_steps: int = 0) -> None:
         if not 0.0 <= percentile <= 100.0:
-            raise ValueError(f"expected a percentile from 0 to 100, received {percentile}; the paper takes 10")
+            raise ValueError(f"expected a percentile from 0 to 100, received {percentile}; the paper uses 10")
         if not 0 <= warmup_steps < history:
             raise ValueError(f"expected 0 <= warmup_steps < history, received {warmup_steps} and {history}")
         self.percentile, self.history, self.warmup_steps = percentile, history, warmup_steps
         self.norms = torch.empty(0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit before; move behind the others."""
+        """Forget the previous fit; move behind the others."""
         if stage == "fit":
             self.norms = torch.empty(0)
             _move_last(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the history to the device, in its length."""
+        """Move the history to the device, padded to its length."""
         _prepare(trainer)
         if len(trainer.optimizers) > 1:
             raise ValueError(f"AutoClip keeps the history of one optimiser, received {len(trainer.optimizers)}")
@@ -144,7 +144,7 @@ class AutoClip(Callback):
             pl_module.log_dict({"autoclip/norm": norm, "autoclip/limit": limit})
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, oldest first; NaN is no entry."""
+        """The history, oldest first; NaN is ignored."""
         return {"norms": self.norms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,20 +154,20 @@ class AutoClip(Callback):
 class AGC(Callback):
     """Clips each unit's gradient to a share of the norm of the unit's weights: adaptive gradient clipping.
 
-    A unit is a row of a linear layer or an embedding, a filter of a convolution, or a whole vector, such as a bias
-    or the scales of a norm. Gradients that are not finite are left as they are. The last linear layer is not
-    clipped, as the paper asks. Log steps log `agc/clipped`, the share of the units that were.
+    A unit is a row of a linear layer or an embedding, a filter of a convolution, or a whole vector, such as a bias or
+    the scales of a norm. Gradients that are not finite do not change. The last linear layer is not clipped, as in the
+    paper. Log steps log `agc/clipped`, the share of the units that were.
 
     Runs on: on_before_optimizer_step, after all others. Touches: gradients; its place in `trainer.callbacks`.
 
     Args:
-        ratio: Limit of |gradient| / |weights|, above 0.0; larger batches want less.
-        eps: Least norm of weights that counts.
-        exclude: Regular expressions looked for in the dotted names of parameters not to clip, such as `^head`. None:
+        ratio: Limit of |gradient| / |weights|, above 0.0; larger batches need less.
+        eps: Lower bound of the weights' norm.
+        exclude: Regular expressions searched for in the dotted names of parameters not to clip, such as `^head`. None:
             the last `Linear` of the module, in the order of registration; the log names it.
 
     Raises:
-        ValueError: A pattern matches nothing, L-BFGS, sharded parameters, or a number that makes no sense.
+        ValueError: A pattern matches nothing, L-BFGS, sharded parameters, or an argument out of range.
 
     Source: Brock et al. 2021, https://arxiv.org/abs/2102.06171
 
@@ -193,7 +193,7 @@ class AGC(Callback):
             linear = [(name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Linear)]
             self.excluded: set[Tensor] = set(linear[-1][1].parameters()) if linear else set()
             if trainer.is_global_zero:
-                _say(f"AGC does not clip {linear[-1][0]}" if linear else "AGC found no linear layer to leave out")
+                _say(f"AGC does not clip {linear[-1][0]}" if linear else "AGC found no linear layer to exclude")
         else:
             self.excluded = {named[name] for pattern in self.exclude for name in _matches(pattern, named)}
         transposed = [m for m in pl_module.modules() if isinstance(m, _ConvTransposeNd)]
@@ -212,7 +212,7 @@ def _is(thing: Any, *names: str) -> bool:
 
 
 def _say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 
@@ -226,13 +226,13 @@ def _matches(pattern: str, names: Mapping[str, Any]) -> list[str]:
     if not found:
         known = sorted({*names, *(part for name in names for part in name.split("."))})
         near = difflib.get_close_matches(re.sub(r"[\\^$]", "", pattern), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; it is looked for in dotted names"
+        hint = f"; did you mean {near[0]!r}?" if near else "; it is searched for in dotted names"
         raise ValueError(f"pattern {pattern!r} matches no parameter{hint}")
     return found
 
 
 def _move_last(trainer: Trainer, callback: Callback) -> None:
-    """Behind all others but checkpoints, which Lightning wants last; a new list, since this one is being walked."""
+    """Behind all others but checkpoints, which come last; a new list, since this one is being iterated."""
     others = [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
     last = [other for other in others if _is(other, "Checkpoint")]
     trainer.callbacks = [*(o for o in others if o not in last), callback, *last]  # type: ignore[attr-defined]
@@ -245,7 +245,7 @@ def _prepare(trainer: Trainer) -> None:
         raise ValueError(f"adaptive clipping needs whole gradients, received {name}, which divides them; use DDP")
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, LBFGS):
-            raise ValueError("L-BFGS builds on differences of gradients, which clipping breaks; take another optimiser")
+            raise ValueError("L-BFGS builds on differences of gradients, which clipping breaks; use another optimiser")
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def clamp_(tensors: list[Tensor], minimum: float | None = None, maximum: float | None = None) -> None:
-    """Moves each number to the nearest one in the range; `minimum=0.0` keeps the sign."""
+    """Moves each element to the nearest value in the range; `minimum=0.0` keeps the sign."""
     if tensors and minimum is not None:
         torch._foreach_clamp_min_(tensors, minimum)
     if tensors and maximum is not None:
@@ -37,8 +37,7 @@ def clamp_(tensors: list[Tensor], minimum: float | None = None, maximum: float |
 def bound_norms_(tensor: Tensor, least: float, most: float, dim: int = 0) -> None:
     """Scales each output unit's part of a weight, or a whole vector, to the nearest norm in the range.
 
-    What is within the rounding error of the range, and what is zero, is left as it is, so that a second call does
-    nothing.
+    What is within rounding error of the range, and what is zero, does not change, so a second call does nothing.
 
     Args:
         tensor: `(out, in, ...)`: the rows of a linear layer, the filters of a convolution; or one dimension.
@@ -56,22 +55,22 @@ def bound_norms_(tensor: Tensor, least: float, most: float, dim: int = 0) -> Non
 class Constrain(Callback):
     """Keeps weights in a range, or their norms, from before the first step and after every update.
 
-    Several may be used; where they meet, they act in their order. Within one, the range comes first and the norm
-    second. Norms are those of output units: rows of a linear layer, filters of a convolution; a vector is one unit.
-    They hold to a relative 1e-5, or the precision of the weights if that is less. Frozen parameters are not touched.
+    Several act in their order. Within one, the range comes first and the norm second. Norms are those of output units:
+    rows of a linear layer, filters of a convolution; a vector is one unit. They hold to a relative 1e-5, or the
+    precision of the weights if that is lower. Frozen parameters are left alone.
 
     Runs on: on_train_start; after the optimiser's step, behind all other callbacks' hooks. Touches: weights; its
     place in `trainer.callbacks`.
 
     Args:
-        pattern: Regular expression looked for in the dotted names of parameters.
-        minimum: Least value; 0.0 keeps weights from turning negative.
-        maximum: Greatest value.
-        max_norm: Greatest norm of a unit, above 0.0; usual are 1 to 4.
+        pattern: Regular expression searched for in the dotted names of parameters.
+        minimum: Smallest value; 0.0 keeps weights from turning negative.
+        maximum: Largest value.
+        max_norm: Largest norm of a unit, above 0.0; usual are 1 to 4.
         unit_norm: Whether each unit's norm is kept at 1.
 
     Raises:
-        ValueError: The pattern matches nothing, nothing is asked for, or what cannot hold together.
+        ValueError: The pattern matches nothing, nothing is asked for, or contradictory bounds.
 
     Source: Srivastava et al. 2014, 5.1, of max-norm: https://jmlr.org/papers/v15/srivastava14a.html
 
@@ -110,14 +109,14 @@ class Constrain(Callback):
         return self._generate_state_key(**{option: getattr(self, option) for option in options})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move behind all others but checkpoints; a new list, since this one is being walked."""
+        """Move behind all others but checkpoints; a new list, since this one is being iterated."""
         if stage == "fit":
             others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
             last = [other for other in others if _is(other, "Checkpoint")]
             trainer.callbacks = [*(o for o in others if o not in last), self, *last]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Constrain what there is, and from now on what updates make of it."""
+        """Constrain the weights now, and after each update."""
         if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             name = type(trainer.strategy).__name__
             raise ValueError(f"Constrain needs whole parameters, received {name}, which divides them; train with DDP")
@@ -132,7 +131,7 @@ class Constrain(Callback):
         self.hooks += [optimizer.register_step_post_hook(self._after) for optimizer in trainer.optimizers]
 
     def apply(self, parameters: Iterable[Tensor]) -> None:
-        """Constrain those of the given parameters that are chosen and not frozen, now."""
+        """Constrain those of the given parameters that are chosen and not frozen."""
         chosen = [p for p in parameters if p in self.unit_dims and p.requires_grad]
         clamp_(chosen, self.minimum, self.maximum)
         if self.max_norm is not None or self.unit_norm:
@@ -153,22 +152,22 @@ class Constrain(Callback):
 
 
 class RateBounds(Callback):
-    """Keeps the learning rates of an optimiser's groups in a range, whatever schedule and warm-up say.
+    """Keeps the learning rates of an optimiser's groups in a range, whatever schedule and warm-up set.
 
-    A rate is bounded for the update alone and put back after it, so schedules go on from what they wrote and
-    LearningRateMonitor shows that, not the bounded one. One log line says when a bound begins to act on a group and
-    one when it ends. Groups of frozen parameters only are left alone. Several may be used, each for groups of its own.
-    What reads rates in a hook, as a proximal penalty does, must come after it in the list of callbacks.
+    A learning rate is bounded for the update alone and restored after it, so schedules go on from their own value and
+    LearningRateMonitor shows that. One log line says when a bound begins to act on a group and one when it ends.
+    Groups of frozen parameters only are left alone. Several may be used, each for groups of its own. What reads
+    learning rates in a hook, as a proximal penalty does, must come after it in the list of callbacks.
 
     Runs on: before and after the optimiser's step, inside of a warm-up's hooks. Touches: `lr`, during the update.
 
     Args:
-        minimum: Least rate, 0.0 or more.
-        maximum: Greatest rate.
-        pattern: Regular expression looked for in the groups' names, or their numbers where these have none.
+        minimum: Smallest learning rate, 0.0 or more.
+        maximum: Largest learning rate.
+        pattern: Regular expression searched for in the groups' names, or their numbers where these have none.
 
     Raises:
-        ValueError: The pattern matches no group, a group is bounded twice, or the range is none.
+        ValueError: The pattern matches no group, a group is bounded twice, or the range is empty.
 
     Example:
         >>> Trainer(callbacks=[RateBounds(maximum=1e-4, pattern="^layer")])  # doctest: +SKIP
@@ -187,16 +186,16 @@ class RateBounds(Callback):
         return self._generate_state_key(minimum=self.minimum, maximum=self.maximum, pattern=self.pattern)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit before."""
+        """Forget the previous fit."""
         if stage == "fit":
             self.names: set[str] = set()
             self.bound: set[int] = set()
             self.before: list[tuple[dict[str, Any], Any, Any]] = []
-            self.speaks = trainer.is_global_zero
+            self.logs = trainer.is_global_zero
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put back before any hook that comes with on_train_start, such as a warm-up's: last in, first out."""
-        self.hooks += [optimizer.register_step_post_hook(self._put_back) for optimizer in trainer.optimizers]
+        """Restore before any hook of on_train_start, such as a warm-up's: last in, first out."""
+        self.hooks += [optimizer.register_step_post_hook(self._restore) for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the groups; bound after any warm-up, which goes before all others."""
@@ -212,26 +211,26 @@ class RateBounds(Callback):
         for name, group in _named(optimizer):
             if name not in self.names or not any(p.requires_grad for p in group["params"]):
                 continue
-            rate = group["lr"]
-            if isinstance(rate, Tensor):  # a compiled or captured step reads this very tensor; a look at it would wait
-                before, allowed = rate.clone(), rate.clamp_(self.minimum, self.maximum).clone()
+            lr = group["lr"]
+            if isinstance(lr, Tensor):  # a compiled or captured step reads this very tensor; reading it would wait
+                before, allowed = lr.clone(), lr.clamp_(self.minimum, self.maximum).clone()
             else:
-                before, allowed = rate, min(max(rate, self.minimum), self.maximum)
-                if (allowed != rate) != (id(group) in self.bound):
+                before, allowed = lr, min(max(lr, self.minimum), self.maximum)
+                if (allowed != lr) != (id(group) in self.bound):
                     self.bound ^= {id(group)}
-                    if self.speaks:
-                        bounded = f" -> {allowed:.3g}" if allowed != rate else ""
-                        _say(f"rate of group {name!r}: {rate:.3g}{bounded}")
+                    if self.logs:
+                        bounded = f" -> {allowed:.3g}" if allowed != lr else ""
+                        _say(f"learning rate of group {name!r}: {lr:.3g}{bounded}")
                 group["lr"] = allowed
             self.before.append((group, before, allowed))
 
-    def _put_back(self, *_: Any) -> None:
+    def _restore(self, *_: Any) -> None:
         while self.before:
-            group, rate, _ = self.before.pop()
-            if isinstance(rate, Tensor):
-                group["lr"].copy_(rate)
+            group, lr, _ = self.before.pop()
+            if isinstance(lr, Tensor):
+                group["lr"].copy_(lr)
             else:
-                group["lr"] = rate
+                group["lr"] = lr
 
     def on_train_end(self, *_: Any) -> None:
         """Leave the optimisers."""
@@ -239,11 +238,11 @@ class RateBounds(Callback):
             self.hooks.pop().remove()
 
     def on_exception(self, *_: Any) -> None:
-        """Put back what a step cut short has left, unless a warm-up already has put back what lay before it."""
+        """Restore after an interrupted step, unless a warm-up has already restored its own."""
         if self.hooks:
             same = torch.equal if self.before and isinstance(self.before[0][2], Tensor) else operator.is_
             self.before = [entry for entry in self.before if same(entry[0]["lr"], entry[2])]
-            self._put_back()
+            self._restore()
             self.on_train_end()
 
 
@@ -273,5 +272,5 @@ def _is(thing: Any, *names: str) -> bool:
 
 
 def _say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)

@@ -23,9 +23,9 @@ class PhaseAwareEarlyStopping(EarlyStopping):
     """Lightning's EarlyStopping, which cannot fire before the last phase has begun.
 
     While any callback of the Trainer has an `all_open` that is False, nothing stops the run, neither patience nor a
-    threshold nor a metric that is not finite, and no patience is used up; the best score is followed. What was
-    trained last before a check decides, so that a phase that opens on the same metric starts with all its patience.
-    Without such a callback it is its parent.
+    threshold nor a non-finite metric, and no patience is used up; the best score is followed. The phase of the last
+    trained batch counts, so that a phase that opens on the same metric starts with all its patience. Without such a
+    callback it acts as its parent.
 
     Runs on: as its parent, and start of batches. Touches: `trainer.should_stop`.
 
@@ -36,12 +36,12 @@ class PhaseAwareEarlyStopping(EarlyStopping):
     """
 
     waits_for_phases: ClassVar[bool] = True
-    """Tells GradualUnfreezing that this one is no danger to its phases."""
+    """Tells GradualUnfreezing that this one waits for its phases."""
 
     waiting = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit before, which the parent does not."""
+        """Forget the previous fit, which the parent does not."""
         if stage == "fit":
             self._check_on_train_epoch_end = vars(self).setdefault("_asked", self._check_on_train_epoch_end)
             self.waiting, self.wait_count, self.stopped_epoch = False, 0, 0
@@ -50,12 +50,12 @@ class PhaseAwareEarlyStopping(EarlyStopping):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what opens in phases."""
+        """Find the callbacks that open in phases."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self.phased = [callback for callback in callbacks if isinstance(callback, Phased)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See which phase is being trained."""
+        """Note whether this batch is trained before the last phase."""
         self.waiting = not all(callback.all_open for callback in self.phased)
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:

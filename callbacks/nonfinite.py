@@ -1,8 +1,4 @@
-"""Stop a run that has gone wrong, and say where; keep one going that is not yet in its last phase.
-
-Trainer(callbacks=[StopOnNonFinite()])
-Trainer(callbacks=[GradualUnfreezing(every_epochs=1), PhaseAwareEarlyStopping("val/loss", patience=3)])
-"""
+"""Stop a run whose loss or gradients are infinite or NaN, and say where that begins."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SMALL = 2**14  # numbers in a tensor that costs next to nothing to check
+SMALL = 2**14  # elements of a tensor that costs next to nothing to check
 ALL_EVERY = 10  # checks
 
 
@@ -39,7 +35,7 @@ class Call(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What one rank has found, and how early in the step: the earliest of all ranks is told."""
+    """What one rank has found, and how early in the step: the earliest of all ranks is reported."""
 
     position: int
     text: str
@@ -69,12 +65,10 @@ def is_finite(value: Any) -> bool:
 
 
 def trace(module: nn.Module, run: Callable[[], Any]) -> tuple[list[Call], Any]:
-    """Runs `run` and watches the module and all its submodules.
-
-    Buffers, such as the running statistics of BatchNorm, are put back.
+    """Calls `run` and records the calls of the module and all its submodules; buffers are restored.
 
     Returns:
-        Calls in the order in which they ended, and what `run` has returned, or the exception that ended it.
+        Calls in the order in which they ended, and what `run` returned, or the exception that ended it.
     """
     calls: list[Call] = []
     inside: list[tuple[int, bool, float]] = []
@@ -107,7 +101,7 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> tuple[list[Call], Any]:
 
 
 def find_in_batch(batch: Any) -> Finding | None:
-    """The first entry of a batch that is NaN or +inf; -inf is how masks are written."""
+    """The first entry of a batch that is NaN or +inf; -inf is usual in masks."""
     for path, tensor in tensors_in(batch):
         bad = tensor.isnan() | (tensor == math.inf)
         if bool(bad.any()):
@@ -117,12 +111,12 @@ def find_in_batch(batch: Any) -> Finding | None:
                 index = batch.get("index") if isinstance(batch, Mapping) else None
                 sample = f" (sample {index[row]})" if index is not None and len(index) == len(tensor) else ""
                 where += f", row {row}{sample}"
-            return Finding(-1, f"the input is not finite already: {where}; look at the data and what prepares it")
+            return Finding(-1, f"the input is not finite already: {where}; check the data and what prepares it")
     return None
 
 
 def find_in_forward(calls: list[Call], loss: Any) -> Finding | None:
-    """The first module that makes something non-finite of finite inputs, or what comes nearest to it."""
+    """The first module with finite inputs and a non-finite output, or what comes nearest to it."""
     culprit = next((c for c in calls if c.inputs_finite and not c.output_finite), None)
     culprit = culprit or next((c for c in calls if not c.output_finite), None)
     if culprit is None:
@@ -132,8 +126,8 @@ def find_in_forward(calls: list[Call], loss: Any) -> Finding | None:
         text = f"every module's output is finite, but not what training_step makes of it{after}"
         return None if is_finite(loss) else Finding(len(calls), text)
     own = [*culprit.module.named_parameters(recurse=False), *culprit.module.named_buffers(recurse=False)]
-    spoiled = [f", because its {name} is not; an earlier step has spoiled it" for name, t in own if not is_finite(t)]
-    text = f"the first module whose output is not finite is {culprit}{''.join(spoiled[:1])}"
+    broken = [f", because its {name} is not; an earlier step has broken it" for name, t in own if not is_finite(t)]
+    text = f"the first module whose output is not finite is {culprit}{''.join(broken[:1])}"
     return Finding(calls.index(culprit), f"{text}; the largest number in its input was {culprit.largest_input:.3g}")
 
 
@@ -155,31 +149,31 @@ def find_in_gradients(calls: list[Call], finite: Mapping[str, bool]) -> Finding 
 class StopOnNonFinite(Callback):
     """Stops the run when the loss or a gradient is infinite or NaN, and names the first module where that begins.
 
-    A check reads the loss and the gradients: on a GPU all, on a CPU those of small tensors, the biases and norms that
-    whatever goes wrong in a backward pass comes by, and every tenth time all. Only when something is found is the
-    batch run forward again, with hooks on every module, in the same mode and with the same random numbers, and
-    BatchNorm's statistics put back. The error names the step, the module, the largest number in its input and what
-    to do; or the entry of the batch and its row; or the first parameter, in backward order, with such a gradient.
+    A check reads the loss and the gradients: on a GPU all, on a CPU those of small tensors, such as biases and norms,
+    which any failure of a backward pass reaches, and every tenth time all. Only after a finding is the batch run
+    forward again, with hooks on every module, in the same mode and with the same random numbers; BatchNorm's
+    statistics are restored. The error names the step, the module, the largest number in its input and what to do; or
+    the entry of the batch and its row; or the first parameter, in backward order, with such a gradient.
 
-    On a CPU the run stops before the update. On a GPU nothing waits: the loss is looked at when its forward pass has
-    long been done, also before the update; gradients are read in the next step, after the update, but before a
-    checkpoint could save it. With several ranks all stop in the same step: two numbers are reduced per check, some
-    0.1 ms each, and the ranks run the batch again together.
+    On a CPU the run stops before the update. On a GPU nothing waits: the loss is read after its forward pass, also
+    before the update; gradients are read in the next step, after the update, but before a checkpoint could save it.
+    All ranks stop in the same step: two numbers are reduced per check, some 0.1 ms each, and the ranks run the batch
+    again together.
 
-    Under a float16 scaler infinite gradients are usual and such steps are skipped. There it takes more than
-    `patience` checks in a row, or a scale below 1; a loss that is not finite stops at once.
+    Under a float16 scaler infinite gradients are usual and such steps are skipped. There it takes more than `patience`
+    checks in a row, or a scale below 1; a loss that is not finite stops at once.
 
     Runs on: start of batches, on_before_backward, on_after_backward, on_before_optimizer_step, after all others.
     Touches: nothing but its place in `trainer.callbacks`.
 
     Args:
-        check_every_n_steps: Optimiser steps from one check to the next. In between, weights may be spoiled before it
-            is seen, and then the first module says little.
-        patience: Skipped steps in a row that are still taken for the scaler's search.
+        check_every_n_steps: Optimiser steps from one check to the next. In between, weights may break unseen, and then
+            the first module says little.
+        patience: Skipped steps in a row that still count as the scaler's search.
 
     Raises:
         NonFiniteError: A RuntimeError, when it happens.
-        ValueError: Manual optimisation, or a number that makes no sense.
+        ValueError: Manual optimisation, or an argument out of range.
 
     Example:
         >>> Trainer(callbacks=[StopOnNonFinite()])  # doctest: +SKIP
@@ -203,7 +197,7 @@ class StopOnNonFinite(Callback):
         self._gradients: tuple[str, list[str], _Reading] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit before; move behind all others but checkpoints, in a new list: this one is being walked."""
+        """Forget the previous fit; move behind all but checkpoints, in a new list: this one is being iterated."""
         if stage == "fit":
             self.skipped = 0
             self._let_go()
@@ -214,7 +208,7 @@ class StopOnNonFinite(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse manual optimisation; find the parameters: walking the modules costs more than a check."""
         if not pl_module.automatic_optimization:
-            raise ValueError("StopOnNonFinite runs a batch again, which manual optimisation would train on; drop it")
+            raise ValueError("StopOnNonFinite runs a batch again, which manual optimisation would train on; remove it")
         self._parameters = list(pl_module.named_parameters())
 
     def _checks(self, trainer: Trainer) -> bool:
@@ -227,12 +221,12 @@ class StopOnNonFinite(Callback):
             self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Ask whether the loss is finite, on all ranks."""
+        """Check whether the loss is finite, on all ranks."""
         if self._checks(trainer):
             self._loss = _Reading(trainer, loss.detach())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the answer: on a GPU the forward pass is over, while the backward pass may still run."""
+        """Read the result: on a GPU the forward pass is over, while the backward pass may still run."""
         reading, self._loss = self._loss, None
         if reading is not None and reading.bad() and self._batch is not None:
             calls, loss = self._again(trainer, pl_module)  # on all ranks, since they may talk to each other in it
@@ -240,7 +234,7 @@ class StopOnNonFinite(Callback):
             self._stop(trainer, f"loss in {self._where(trainer)}", finding)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The same for the gradients; on a GPU the answer is read in the next step."""
+        """The same for the gradients; on a GPU the result is read in the next step."""
         self._settle(trainer, pl_module)
         if self._checks(trainer) and (gradients := self._present()):
             at_once = _reads_at_once(pl_module.device)
@@ -275,11 +269,11 @@ class StopOnNonFinite(Callback):
         self._batch = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rather stop than save spoiled weights."""
+        """Stop rather than save broken weights."""
         self._settle(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the last answer."""
+        """Read the last result."""
         self._settle(trainer, pl_module)
         self._let_go()
 
@@ -294,7 +288,7 @@ class StopOnNonFinite(Callback):
         self.skipped = state_dict["skipped"]
 
     def _again(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Call], Any]:
-        """The training step of the kept batch once more, logging nothing."""
+        """The training step of the kept batch once more, without logging."""
         if self._batch is None or self._random is None:
             return [], None
         step, (cpu, cuda) = pl_module.training_step, self._random
@@ -321,7 +315,7 @@ class StopOnNonFinite(Callback):
             findings = [None] * trainer.world_size
             torch.distributed.all_gather_object(findings, finding)
         found = [(f.position, rank, f.text) for rank, f in enumerate(findings) if f is not None]
-        chance = "the same batch, run again, is finite, so it comes and goes by chance"
+        chance = "the same batch, run again, is finite, so it happens at random"
         position, rank, text = min(found, default=(0, 0, chance))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = f", loss scale {scaler.get_scale():g}, {self.skipped} skipped steps in a row" if scaler else ""
@@ -334,7 +328,7 @@ class StopOnNonFinite(Callback):
 
 
 class _Reading:
-    """Whether any of some numbers is not finite on any rank; a GPU is not waited for until it is asked."""
+    """Whether any value is not finite on any rank; a GPU is not waited for until `bad` is called."""
 
     def __init__(self, trainer: Trainer, values: Tensor) -> None:
         self.values = values
@@ -348,7 +342,7 @@ class _Reading:
             self.done.record()
 
     def bad(self) -> bool:
-        """Wait for the answer."""
+        """Wait for the result."""
         if self.done is not None:
             self.done.synchronize()
         return bool(self.flag)

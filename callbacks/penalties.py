@@ -25,6 +25,7 @@ from torch.optim import LBFGS, Optimizer
 log = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["proximal", "gradient"]
+Groups: TypeAlias = Sequence[Mapping[str, Any]]  # of an optimiser
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def add_l2_(parameters: list[Tensor], strength: float, anchors: list[Tensor] | N
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
         torch._foreach_add_(gradients, parameters, alpha=strength)
-    if gradients and anchors is not None:  # taken off apart: a copy of all differences costs more than both
+    if gradients and anchors is not None:  # subtracted apart: a copy of all differences costs more than both
         torch._foreach_sub_(gradients, anchors, alpha=strength)
 
 
@@ -51,7 +52,7 @@ def pull_(parameters: list[Tensor], pull: float, anchors: list[Tensor] | None = 
 
     Args:
         parameters: Changed in place.
-        pull: Rate times strength, 0.0 or more.
+        pull: Learning rate times strength, 0.0 or more.
         anchors: Of the same shapes; 0 if not given.
     """
     if parameters and anchors is None:
@@ -66,7 +67,7 @@ def shrink_(parameters: list[Tensor], threshold: float) -> None:
 
     Args:
         parameters: Changed in place.
-        threshold: Rate times strength, 0.0 or more.
+        threshold: Learning rate times strength, 0.0 or more.
     """
     for p in parameters:  # in place, where torch._foreach would need a copy of all weights
         nn.functional.softshrink(p, threshold, out=p)  # type: ignore[call-arg]
@@ -81,24 +82,94 @@ def half_squares(parameters: list[Tensor], anchors: list[Tensor] | None = None) 
     return torch.stack(torch._foreach_norm(away)).square().sum() / 2
 
 
-class L2(Callback):
+class _Penalty(Callback):
+    """What all penalties share: when they act, by gradient or by proximal step, and what is logged."""
+
+    def __init__(
+        self, mode: Mode, strength: float, patterns: Sequence[str], exclude: Sequence[str], norms_and_biases: bool
+    ) -> None:
+        _check_strength("strength", strength)
+        if mode not in ("proximal", "gradient"):
+            raise ValueError(f"expected mode 'proximal' or 'gradient', received {mode!r}")
+        self.mode, self.strength = mode, strength
+        self.patterns, self.exclude, self.norms_and_biases = patterns, exclude, norms_and_biases
+        self.hooks: list[Any] = []
+
+    def choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select the parameters to penalise."""
+        chosen = _select(pl_module, self.patterns, self.exclude, self.norms_and_biases)
+        self.chosen: dict[Tensor, None] = dict.fromkeys(chosen.values())
+
+    def metrics(self, groups: Groups) -> dict[str, Any]:
+        """What a log step logs; `penalty` is its value."""
+        raise NotImplementedError
+
+    def add_gradient(self, groups: Groups) -> None:
+        """Add the penalty's gradient to that of the loss."""
+
+    def proximal_step(self, group: Mapping[str, Any], lr: float) -> None:
+        """Apply the penalty to a group's parameters after their update."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would go wrong; choose the parameters, hook the optimisers."""
+        if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"penalties need whole parameters, received {name}, which divides them; train with DDP")
+        for optimizer in trainer.optimizers:
+            searches = any(group.get("line_search_fn") for group in optimizer.param_groups)
+            if isinstance(optimizer, LBFGS) and (self.mode == "proximal" or searches):
+                raise ValueError(
+                    "L-BFGS has no learning rate per step for a proximal step, and its line search compares losses "
+                    "without the penalty; use mode='gradient' and no line search, or another optimiser"
+                )
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else a fused one's are scaled
+        self.found: dict[str, Any] = {}
+        self.choose(trainer, pl_module)
+        if self.mode == "proximal":
+            self.hooks += _after_updates(trainer.optimizers, self.proximal_step)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Value in log steps; gradient in the mode of that name."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            self.found = self.metrics(optimizer.param_groups)
+        if self.mode == "gradient":
+            self.add_gradient(optimizer.param_groups)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Log, with the ratio to the loss, which Lightning has divided by the number of batches in a step."""
+        found, self.found = self.found, {}
+        if found and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            found["ratio"] = found["penalty"] / (outputs["loss"] * trainer.accumulate_grad_batches)
+        for name, value in found.items():
+            pl_module.log(f"{type(self).__name__.lower()}/{name}", value)
+
+    def on_train_end(self, *_: Any) -> None:
+        """Leave the optimisers."""
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+
+class L2(_Penalty):
     """Adds `strength * theta` to the gradient of weights, once per optimiser step.
 
     This is coupled L2: it passes through momentum and Adam's scaling, so that weights with large gradients shrink
     less. AdamW's `weight_decay` is decoupled from both and usually the better choice; with plain SGD they are the
-    same. Norms and biases (fewer than two dimensions) are left out unless asked for. Log steps log `l2/penalty`,
-    strength / 2 * sum theta^2, and `l2/ratio` of it to the last batch's loss.
+    same. Log steps log `l2/penalty`, strength / 2 * sum theta^2, and `l2/ratio` of it to the last batch's loss.
 
     Runs on: on_before_optimizer_step, before clipping. Touches: gradients.
 
     Args:
         strength: 0.0 or more.
-        patterns: Regular expressions looked for in a parameter's dotted name; one that is found will do.
-        exclude: The same, of parameters to leave out.
+        patterns: Regular expressions searched for in a parameter's dotted name; one match is enough.
+        exclude: The same, of parameters to exclude.
         norms_and_biases: Penalise parameters of fewer than two dimensions, too.
 
     Raises:
-        ValueError: A pattern matches nothing, or L-BFGS searches along a line.
+        ValueError: A pattern matches nothing, or L-BFGS with a line search.
 
     Source: Loshchilov & Hutter 2019, on coupled and decoupled: https://arxiv.org/abs/1711.05101
 
@@ -113,38 +184,22 @@ class L2(Callback):
         exclude: Sequence[str] = (),
         norms_and_biases: bool = False,
     ) -> None:
-        _check(strength=strength)
-        self.strength = strength
-        self.patterns, self.exclude, self.norms_and_biases = patterns, exclude, norms_and_biases
+        super().__init__("gradient", strength, patterns, exclude, norms_and_biases)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the parameters."""
-        _prepare(trainer, "gradient")
-        chosen = _select(pl_module, self.patterns, self.exclude, self.norms_and_biases)
-        self.chosen: dict[Tensor, None] = dict.fromkeys(chosen.values())
-        self.value: Tensor | float | None = None
+    def metrics(self, groups: Groups) -> dict[str, Any]:
+        return {"penalty": self.strength * half_squares(_live(groups, self.chosen))}
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = _live(optimizer.param_groups, self.chosen)
-        if _logs_now(trainer):
-            self.value = self.strength * half_squares(parameters)
-        add_l2_(parameters, self.strength)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        _log(trainer, pl_module, "l2", self.value, outputs)
-        self.value = None
+    def add_gradient(self, groups: Groups) -> None:
+        add_l2_(_live(groups, self.chosen), self.strength)
 
 
-class L1(Callback):
+class L1(_Penalty):
     """Drives weights to zero: by soft thresholding after the update, or by a sub-gradient before it.
 
-    The proximal step takes rate x strength off each weight's size, at the rate of its group in that very step,
-    and what is smaller becomes exactly 0; under Adam it is decoupled from the gradient's scaling. The sub-gradient
-    lets weights flutter around zero and never reach it. Norms and biases (fewer than two dimensions) are left out
-    unless asked for. Log steps log `l1/penalty`, strength * sum |theta|, `l1/ratio` of it to the last batch's loss,
-    and `l1/zeros`, the share of exact zeros.
+    The proximal step takes lr x strength off each weight's magnitude, with the learning rate of its group in that
+    step, and what is smaller becomes exactly 0; under Adam it is decoupled from the gradient's scaling. The
+    sub-gradient lets weights flutter around zero and never reach it. Log steps log `l1/penalty`, strength *
+    sum |theta|, `l1/ratio` of it to the last batch's loss, and `l1/zeros`, the share of exact zeros.
 
     Runs on: the optimiser's step hooks (proximal), or on_before_optimizer_step, before clipping (gradient).
     Touches: weights (proximal) or gradients.
@@ -152,9 +207,7 @@ class L1(Callback):
     Args:
         strength: 0.0 or more.
         mode: `proximal` or `gradient`.
-        patterns: Regular expressions looked for in a parameter's dotted name; one that is found will do.
-        exclude: The same, of parameters to leave out.
-        norms_and_biases: Penalise parameters of fewer than two dimensions, too.
+        patterns, exclude, norms_and_biases: As of `L2`.
 
     Raises:
         ValueError: A pattern matches nothing, or the optimiser is L-BFGS in proximal mode.
@@ -173,64 +226,37 @@ class L1(Callback):
         exclude: Sequence[str] = (),
         norms_and_biases: bool = False,
     ) -> None:
-        _check(mode, strength=strength)
-        self.strength, self.mode = strength, mode
-        self.patterns, self.exclude, self.norms_and_biases = patterns, exclude, norms_and_biases
-        self.hooks: list[Any] = []
+        super().__init__(mode, strength, patterns, exclude, norms_and_biases)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the parameters, hook the optimisers."""
-        _prepare(trainer, self.mode)
-        chosen = _select(pl_module, self.patterns, self.exclude, self.norms_and_biases)
-        self.chosen: dict[Tensor, None] = dict.fromkeys(chosen.values())
-        self.value: Tensor | None = None
-        if self.mode == "proximal":
-            self.hooks += _after_updates(trainer.optimizers, self._shrink)
+    def metrics(self, groups: Groups) -> dict[str, Any]:
+        if not (parameters := _live(groups, self.chosen)):
+            return {}
+        zeros = 1.0 - sum(p.count_nonzero() for p in parameters) / sum(p.numel() for p in parameters)
+        return {"penalty": self.strength * torch.stack(torch._foreach_norm(parameters, 1)).sum(), "zeros": zeros}
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = _live(optimizer.param_groups, self.chosen)
-        if _logs_now(trainer) and parameters:
-            self.value = self.strength * torch.stack(torch._foreach_norm(parameters, 1)).sum()
-            self.zeros = 1.0 - sum(p.count_nonzero() for p in parameters) / sum(p.numel() for p in parameters)
-        if self.mode == "gradient":
-            add_l1_(parameters, self.strength)
+    def add_gradient(self, groups: Groups) -> None:
+        add_l1_(_live(groups, self.chosen), self.strength)
 
-    def _shrink(self, group: Mapping[str, Any], rate: float) -> None:
-        shrink_(_live([group], self.chosen), rate * self.strength)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.value is not None:
-            _log(trainer, pl_module, "l1", self.value, outputs)
-            pl_module.log("l1/zeros", self.zeros)
-        self.value = None
-
-    def on_train_end(self, *_: Any) -> None:
-        """Leave the optimisers."""
-        while self.hooks:
-            self.hooks.pop().remove()
-
-    def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
+    def proximal_step(self, group: Mapping[str, Any], lr: float) -> None:
+        shrink_(_live([group], self.chosen), lr * self.strength)
 
 
-class L2SP(Callback):
+class L2SP(_Penalty):
     """Pulls weights back to where the fit began: strength / 2 * sum (theta - theta_start)^2.
 
     The start is taken once, before the first step, of frozen parameters too, since they may open later. Checkpoints
     keep it: a resumed run is pulled to the start of the first run, not to the weights it resumed from. The proximal
-    step is theta <- (theta + c theta_start) / (1 + c) with c = rate x strength, at the rate of the parameter's group
-    in that very step: it cannot diverge, and under Adam it is decoupled from the gradient's scaling. The gradient is
-    that of the paper. Log steps log `l2sp/penalty` and `l2sp/ratio` of it to the last batch's loss.
+    step is theta <- (theta + c theta_start) / (1 + c) with c = lr x strength, with the learning rate of the
+    parameter's group in that step: it cannot diverge, and under Adam it is decoupled from the gradient's scaling. The
+    gradient is that of the paper. Log steps log `l2sp/penalty` and `l2sp/ratio` of it to the last batch's loss.
 
     Runs on: on_train_start; the optimiser's step hooks (proximal), or on_before_optimizer_step, before clipping
     (gradient). Touches: weights (proximal) or gradients; keeps a copy of what it anchors.
 
     Args:
         strength: Alpha of the paper, 0.0 or more.
-        exclude: Regular expressions looked for in the dotted names of parameters: those whose start is not worth
-            keeping, which is the new head.
+        exclude: Regular expressions searched for in the dotted names of parameters whose start is not worth keeping:
+            the new head.
         head_strength: Beta of the paper: plain L2 on what is excluded; 0.0 leaves it free.
         mode: `proximal` or `gradient`.
 
@@ -247,71 +273,56 @@ class L2SP(Callback):
     def __init__(
         self, strength: float, exclude: Sequence[str] = (), head_strength: float = 0.0, mode: Mode = "proximal"
     ) -> None:
-        _check(mode, strength=strength, head_strength=head_strength)
-        self.strength, self.head_strength, self.exclude, self.mode = strength, head_strength, exclude, mode
+        super().__init__(mode, strength, (".",), exclude, norms_and_biases=True)
+        _check_strength("head_strength", head_strength)
+        self.head_strength = head_strength
         if head_strength and not exclude:
             raise ValueError(
                 f"head_strength={head_strength:g} acts on what is excluded, which is nothing; name the new head, such "
                 "as exclude=['^head']"
             )
         self.start: dict[str, Tensor] = {}
-        self.hooks: list[Any] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the fit before."""
+        """Forget the previous fit."""
         if stage == "fit":
             self.start = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the start, unless a checkpoint has brought it; hook the optimisers."""
-        _prepare(trainer, self.mode)
-        anchored = _select(pl_module, (".",), self.exclude)
-        misfits = [
-            n for n, p in anchored.items() if self.start and (n not in self.start or self.start[n].shape != p.shape)
-        ]
+    def choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the start, unless a checkpoint has brought it."""
+        anchored, start = _select(pl_module, self.patterns, self.exclude), self.start
+        misfits = [n for n, p in anchored.items() if start and (n not in start or start[n].shape != p.shape)]
         if misfits:
             raise ValueError(
                 f"the checkpoint has no start, or one of another shape, for {', '.join(misfits[:5])}; resume with the "
                 "same network and the same `exclude`"
             )
-        if trainer.is_global_zero and not self.start:
+        if trainer.is_global_zero and not start:
             size = sum(p.numel() for p in anchored.values())
             _say(f"L2SP starts from step {trainer.global_step}: {len(anchored)} tensors, {size:,} parameters")
-        self.start = {name: self.start.get(name, p).detach().to(p, copy=True) for name, p in anchored.items()}
+        self.start = {name: start.get(name, p).detach().to(p, copy=True) for name, p in anchored.items()}
         self.anchors: dict[Tensor, Tensor] = {p: self.start[name] for name, p in anchored.items()}
         self.head: dict[Tensor, None] = {p: None for p in pl_module.parameters() if p not in self.anchors}
-        self.value: Tensor | float | None = None
-        if self.mode == "proximal":
-            self.hooks += _after_updates(trainer.optimizers, self._pull)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        body, head = _live(optimizer.param_groups, self.anchors), _live(optimizer.param_groups, self.head)
-        anchors = [self.anchors[p] for p in body]
-        if _logs_now(trainer):
-            self.value = self.strength * half_squares(body, anchors) + self.head_strength * half_squares(head)
-        if self.mode == "gradient":
-            add_l2_(body, self.strength, anchors)
-            add_l2_(head, self.head_strength)
+    def _body(self, groups: Groups) -> tuple[list[Tensor], list[Tensor]]:
+        """The anchored parameters that take part in this step, and their anchors."""
+        body = _live(groups, self.anchors)
+        return body, [self.anchors[p] for p in body]
 
-    def _pull(self, group: Mapping[str, Any], rate: float) -> None:
-        body = _live([group], self.anchors)
-        pull_(body, rate * self.strength, [self.anchors[p] for p in body])
+    def metrics(self, groups: Groups) -> dict[str, Any]:
+        body, head = half_squares(*self._body(groups)), half_squares(_live(groups, self.head))
+        return {"penalty": self.strength * body + self.head_strength * head}
+
+    def add_gradient(self, groups: Groups) -> None:
+        body, anchors = self._body(groups)
+        add_l2_(body, self.strength, anchors)
+        add_l2_(_live(groups, self.head), self.head_strength)
+
+    def proximal_step(self, group: Mapping[str, Any], lr: float) -> None:
+        body, anchors = self._body([group])
+        pull_(body, lr * self.strength, anchors)
         if self.head_strength:
-            pull_(_live([group], self.head), rate * self.head_strength)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        _log(trainer, pl_module, "l2sp", self.value, outputs)
-        self.value = None
-
-    def on_train_end(self, *_: Any) -> None:
-        """Leave the optimisers."""
-        while self.hooks:
-            self.hooks.pop().remove()
-
-    def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
+            pull_(_live([group], self.head), lr * self.head_strength)
 
     def state_dict(self) -> dict[str, Any]:
         """The start, by dotted names."""
@@ -327,8 +338,13 @@ def _is(thing: Any, *names: str) -> bool:
 
 
 def _say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
+
+
+def _check_strength(name: str, value: float) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"expected {name} of 0 or more, received {value}; 0.0 is no penalty")
 
 
 def _select(
@@ -340,7 +356,7 @@ def _select(
         if not any(re.search(pattern, name) for name in every):
             known = sorted({*every, *(part for name in every for part in name.split("."))})
             near = difflib.get_close_matches(re.sub(r"[\\^$]", "", pattern), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; it is looked for in dotted names"
+            hint = f"; did you mean {near[0]!r}?" if near else "; it is searched for in dotted names"
             raise ValueError(f"pattern {pattern!r} matches no parameter{hint}")
     matched = {name: p for name, p in every.items() if any(re.search(pattern, name) for pattern in patterns)}
     kept = {name: p for name, p in matched.items() if not any(re.search(pattern, name) for pattern in exclude)}
@@ -351,56 +367,20 @@ def _select(
     return chosen
 
 
-def _live(groups: Sequence[Mapping[str, Any]], chosen: Mapping[Tensor, Any]) -> list[Tensor]:
+def _live(groups: Groups, chosen: Mapping[Tensor, Any]) -> list[Tensor]:
     """The chosen parameters of an optimiser's groups that take part in this step."""
     return [p for group in groups for p in group["params"] if p in chosen and p.requires_grad and p.grad is not None]
 
 
 def _after_updates(optimizers: Sequence[Optimizer], act: Callable[[Mapping[str, Any], float], None]) -> list[Any]:
-    """Hooks that call `act(group, rate)` after each update, with the rate that the update has used."""
-    rates: list[float] = []
+    """Hooks that call `act(group, lr)` after each update, with the learning rate that the update has used."""
+    lrs: list[float] = []
 
-    def before(optimizer: Optimizer, *_: Any) -> None:  # after the update a warm-up may have put another rate back
-        rates[:] = [float(group["lr"]) for group in optimizer.param_groups]
+    def before(optimizer: Optimizer, *_: Any) -> None:  # after the update a warm-up may have restored another
+        lrs[:] = [float(group["lr"]) for group in optimizer.param_groups]
 
     def after(optimizer: Optimizer, *_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            act(group, rate)
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            act(group, lr)
 
     return [hook for o in optimizers for hook in (o.register_step_pre_hook(before), o.register_step_post_hook(after))]
-
-
-def _prepare(trainer: Trainer, mode: Mode) -> None:
-    """Refuses what would go wrong; makes a float16 scaler unscale before the hooks, for fused optimisers too."""
-    if _is(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
-        name = type(trainer.strategy).__name__
-        raise ValueError(f"penalties need whole parameters, received {name}, which divides them; train with DDP")
-    for optimizer in trainer.optimizers:
-        searches = any(group.get("line_search_fn") for group in optimizer.param_groups)
-        if isinstance(optimizer, LBFGS) and (mode == "proximal" or searches):
-            raise ValueError(
-                "L-BFGS has no rate per step for a proximal step, and its line search compares losses without the "
-                "penalty; take mode='gradient' and no line search, or another optimiser"
-            )
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-
-
-def _logs_now(trainer: Trainer) -> bool:
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and (trainer.global_step + 1) % every == 0
-
-
-def _log(trainer: Trainer, pl_module: LightningModule, name: str, value: Tensor | float | None, outputs: Any) -> None:
-    """Logs a penalty and its ratio to the loss, which Lightning has divided by the number of batches in a step."""
-    if value is not None:
-        pl_module.log(f"{name}/penalty", value)
-        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
-            pl_module.log(f"{name}/ratio", value / (outputs["loss"] * trainer.accumulate_grad_batches))
-
-
-def _check(mode: Mode = "gradient", **strengths: float) -> None:
-    for name, value in strengths.items():
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"expected {name} of 0 or more, received {value}; 0.0 is no penalty")
-    if mode not in ("proximal", "gradient"):
-        raise ValueError(f"expected mode 'proximal' or 'gradient', received {mode!r}")

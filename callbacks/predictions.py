@@ -1,9 +1,8 @@
-"""Write predictions to a CSV or Parquet file while they are made: in constant memory, in order, from several ranks.
+"""Write predictions to a CSV or Parquet file as they are made: in constant memory, in order, from several ranks.
 
-A run that is killed at any moment goes on where it stopped. Until all is predicted, what is done lies in a folder
-beside the file, `<file>.parts`: for each rank and each start of the program a file of JSON lines, one a batch. A line
-is whole or it is not there: a batch whose line was cut off is predicted again, as the same batch of the same samples,
-so that the result has the same bytes as that of a run that was never killed.
+A run that is killed at any moment goes on where it stopped. Until all is predicted, finished batches lie in a folder
+beside the file, `<file>.parts`: for each rank and each start of the program a file of JSON lines, one per batch. A
+batch whose line was cut off is predicted again, so the result has the same bytes as that of a run never killed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,35 +28,33 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 NOTE, PARTS = "made_of.json", "rank*.jsonl"
-ROW_GROUP = 8192  # rows of Parquet that are held in memory
-Row = tuple[int, str, list[Any], str]  # index, name, values, why there are none
+ROW_GROUP = 8192  # rows of Parquet in memory
 
 
 class PredictionWriter(Callback):
     """Writes a row for each sample that `Trainer.predict` goes through.
 
-    `predict_step` must return a dictionary of tensors: `index` `(batch,)`, and what is to be written, a column each:
-    `label`, a class number `(batch,)` or truth values `(batch, classes)`, written as names, and so `label_2` and on;
-    `probability` or another number `(batch,)`; `p`, a number for each class, `(batch, classes)`, written to as many
-    columns. Each rank must get its samples with ascending indices; one that comes again to fill up a batch is written
-    once.
+    `predict_step` must return a dictionary of tensors: `index` `(batch,)`, and the columns: `label`, `label_2`, ...: a
+    class number `(batch,)` or truth values `(batch, classes)`, written as names; `probability` or another number
+    `(batch,)`; `p`, a number for each class, `(batch, classes)`, written to as many columns. Each rank must get its
+    samples with ascending indices; one that pads a batch is written once.
 
-    Of the data module it takes what is there, and does without the rest:
+    Of the data module it uses what is there:
 
     - `sample_names("predict")` gives a sample's name by its index, for the first column, headed `sample_kind`;
     - `class_names`, in the order of the labels;
-    - `predict_from` is set to the number of batches that are done, which `predict_dataloader` need not give again;
+    - `predict_from` is set to the number of finished batches, which `predict_dataloader` need not give again;
     - `fingerprint("predict")` changes with the list of samples;
     - `left_out("predict")` gives names of samples that come in no batch, each with the reason.
 
     A batch may hold `unreadable`, pairs of an index and the reason why that sample has no prediction. These and those
-    left out go to a list of their own, beside `flowers.csv` to `flowers.unreadable.csv`.
+    of `left_out` go to a list of their own, for `flowers.csv` to `flowers.unreadable.csv`.
 
-    The same command with the same file goes on with what a killed one left in `<file>.parts`. It is refused where that
-    was made of another checkpoint, other samples or other settings, or on another number of ranks. A file that is
-    whole is written over. What `Trainer(limit_predict_batches=...)` lets through is counted anew in each start.
+    The same command with the same file goes on with what a killed one left in `<file>.parts`. It is refused for another
+    checkpoint, other samples, settings or number of ranks. A complete file is overwritten. Each start counts
+    `Trainer(limit_predict_batches=...)` anew.
 
-    Runs on: predict. Touches: the file, the list of what is unreadable, the folder of parts until all is done;
+    Runs on: predict. Touches: the file, the list of unreadable samples, the folder of parts until all is done;
     `datamodule.predict_from`.
 
     Args:
@@ -65,7 +62,7 @@ class PredictionWriter(Callback):
             given.
 
     Raises:
-        ValueError: Another ending, or parts that were made of something else.
+        ValueError: Another ending, or parts of other predictions.
 
     Example:
         >>> Trainer(callbacks=[PredictionWriter("flowers.csv")]).predict(model, datamodule=data)  # doctest: +SKIP
@@ -81,7 +78,7 @@ class PredictionWriter(Callback):
         self.rows = self.unreadable = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See what is done already, before the data module is asked for its batches."""
+        """Find what is done already, before the data module is asked for its batches."""
         if stage != "predict":
             return
         folder = trainer.log_dir or trainer.default_root_dir
@@ -105,35 +102,23 @@ class PredictionWriter(Callback):
         self.class_names: Sequence[str] | None = getattr(data, "class_names", None)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a part that is this rank's and this start's: another process may still be writing to an earlier one."""
-        self._see_weights(pl_module)
+        """Open a part for this rank and this start: another process may still be writing to an earlier one."""
+        self._check_weights(pl_module)
         for number in itertools.count():
-            try:
+            with suppress(FileExistsError):
                 self.part = (self.parts / f"rank{trainer.global_rank}.{number}.jsonl").open("xb")
                 break
-            except FileExistsError:
-                continue
         self._append({"weights": self.weights})
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Append a batch."""
         index = outputs["index"].tolist()
-        record = {
-            "batch": self.batch,
-            "index": index,
-            "name": [self.names(one) for one in index],
-            "columns": columns(outputs, self.class_names),
-            "unreadable": batch.get("unreadable", []) if isinstance(batch, Mapping) else [],
-        }
-        self._append(record)
+        names = [self.names(one) for one in index]
+        unreadable = batch.get("unreadable", []) if isinstance(batch, Mapping) else []
+        record = {"batch": self.batch, "index": index, "name": names, "columns": columns(outputs, self.class_names)}
+        self._append(record | {"unreadable": unreadable})
         self.batch += 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -141,21 +126,21 @@ class PredictionWriter(Callback):
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge the parts of all ranks; here, since a rank that has nothing left to do gets no other hook."""
+        """Merge the parts of all ranks; here, since a finished rank gets no other hook."""
         if stage != "predict":
             return
         self._close()
         if not self.weights:
-            self._see_weights(pl_module)
-        trainer.strategy.barrier("predictions written")
+            self._check_weights(pl_module)
+        trainer.strategy.barrier("predictions saved")
         if trainer.is_global_zero:
             check_ranks(self.parts, trainer.world_size)
             heading = getattr(self.data, "sample_kind", "name")
-            left_out = self.data.left_out("predict") if self.data and hasattr(self.data, "left_out") else ()
-            self.rows, self.unreadable = merge_parts(self.parts, self.target, heading, left_out)
+            omitted = self.data.left_out("predict") if self.data and hasattr(self.data, "left_out") else ()
+            self.rows, self.unreadable = merge_parts(self.parts, self.target, heading, omitted)
 
     def written(self) -> str:
-        """What was written where, for the screen; only the file, where another process did it."""
+        """How many predictions went where, for the screen; only the file, where another process saved it."""
         target = self.path or self.target
         if target.is_relative_to(Path.cwd()):
             target = target.relative_to(Path.cwd())  # as one would type it here
@@ -164,8 +149,8 @@ class PredictionWriter(Callback):
         said = f"{self.rows:,} predictions in {target}"
         return f"{said}; {self.unreadable:,} unreadable, see {list_beside(target)}" if self.unreadable else said
 
-    def _see_weights(self, model: LightningModule) -> None:
-        """Each rank by itself, once they are loaded: none may add to what was made with others."""
+    def _check_weights(self, model: LightningModule) -> None:
+        """On each rank, once they are loaded: none may add to predictions of other weights."""
         self.weights = digest_of_weights(model)
         if any(head.get("weights", self.weights) != self.weights for head in map(head_of, self.parts.glob(PARTS))):
             raise ValueError(refusal(self.parts, "with another checkpoint"))
@@ -173,7 +158,7 @@ class PredictionWriter(Callback):
     def _append(self, line: dict[str, Any]) -> None:
         assert self.part is not None
         self.part.write(json.dumps(line).encode() + b"\n")
-        self.part.flush()  # it is the system's now, and a kill can't take it back
+        self.part.flush()  # to the system: a kill cannot undo it
 
     def _close(self) -> None:
         if self.part is not None:
@@ -182,10 +167,10 @@ class PredictionWriter(Callback):
 
 
 def columns(prediction: Mapping[str, Tensor], class_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """A batch of predictions as columns of words, and of numbers of six decimals, by their headings.
+    """A batch of predictions as columns of names, and of numbers with six decimals, by their headings.
 
     Args:
-        prediction: As `PredictionWriter` says; `index` is left out.
+        prediction: As of `PredictionWriter`; `index` is omitted.
         class_names: Names in the order of the labels; numbers if not given.
     """
 
@@ -211,7 +196,7 @@ def columns(prediction: Mapping[str, Tensor], class_names: Sequence[str] | None 
 
 
 def facts(trainer: Trainer, model: LightningModule, data: Any) -> dict[str, Any]:
-    """All that predictions depend on beside the weights, as plain values; the samples as a hash."""
+    """All that predictions depend on besides the weights, as plain values; the samples as a hash."""
     settings = {
         "ranks": trainer.world_size,
         "precision": str(trainer.precision),
@@ -235,15 +220,15 @@ def digest_of_weights(model: torch.nn.Module) -> str:
 
 
 def claim(folder: Path, made_of: Mapping[str, Any]) -> str:
-    """Make the folder of parts, with a note what they are made of; where it is there, compare.
+    """Make the folder of parts, with a note of what they depend on; where it exists, compare.
 
     Returns:
-        Nothing, or why what lies there is not the beginning of these predictions.
+        Why what lies there is not the beginning of these predictions; empty if it is.
     """
     note = folder / NOTE
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # none, or what a kill left of one that was being removed
+    except (FileNotFoundError, ValueError):  # none, or one whose removal was interrupted
         remove_parts(folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(note, json.dumps(made_of, indent=1))
@@ -252,30 +237,27 @@ def claim(folder: Path, made_of: Mapping[str, Any]) -> str:
     other = next((key for key in {**now, **before} if now.get(key) != before.get(key)), None)
     if other is None:
         return ""
-    if other == "inputs":
-        return refusal(folder, "of another list of inputs")
-    if other == "class names":
-        return refusal(folder, "with other class names")
-    return refusal(folder, f"with {other} {before.get(other)}, and it is {now.get(other)} now")
+    made = {"inputs": "of another list of inputs", "class names": "with other class names"}
+    return refusal(folder, made.get(other, f"with {other} {before.get(other)}, and it is {now.get(other)} now"))
 
 
 def refusal(folder: Path, made: str) -> str:
-    """Why predictions that were begun are not gone on with."""
+    """Why unfinished predictions cannot be continued."""
     return (
-        f"{folder} holds unfinished predictions that were made {made}: name another file to write to, or remove that "
-        "folder to begin again"
+        f"{folder} holds unfinished predictions that were made {made}: name another file, or remove that folder to "
+        "begin again"
     )
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+    """Write a file atomically."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove a folder of parts, the note first: without it nobody takes the others for a beginning."""
+    """Remove a folder of parts, the note first: without it the others are ignored."""
     for path in (folder / NOTE, *folder.glob(PARTS), *folder.glob("*.new")):
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -288,12 +270,12 @@ def records(part: Path) -> Iterator[dict[str, Any]]:
 
 
 def head_of(part: Path) -> dict[str, Any]:
-    """A part's first line: what weights made it; nothing, if it was cut off."""
+    """A part's first line, with the digest of the weights; empty if it was cut off."""
     return next(whole_lines(part), {})
 
 
 def whole_lines(part: Path) -> Iterator[dict[str, Any]]:
-    """What a part holds up to a line that was cut off."""
+    """The lines of a part, up to one that was cut off."""
     with part.open("rb") as lines:
         for line in lines:
             try:
@@ -305,12 +287,12 @@ def whole_lines(part: Path) -> Iterator[dict[str, Any]]:
 
 
 def batches_done(parts: Iterable[Path]) -> int:
-    """How many batches a rank has written, counted from the first."""
+    """How many batches of a rank are finished, counted from the first."""
     return max((record["batch"] + 1 for part in parts for record in records(part)), default=0)
 
 
-def rows_of(part: Path) -> Iterator[Row]:
-    """The samples of a part."""
+def rows_of(part: Path) -> Iterator[tuple[int, str, list[Any], str]]:
+    """Index, name, values and reason for a missing prediction, of each sample of a part."""
     for record in records(part):
         reasons = dict(record["unreadable"])
         for index, name, *values in zip(record["index"], record["name"], *record["columns"].values(), strict=True):
@@ -323,11 +305,7 @@ def list_beside(target: Path) -> Path:
 
 
 def check_ranks(folder: Path, ranks: int) -> None:
-    """See that the parts of all ranks are there, before what is there passes for all.
-
-    Raises:
-        FileNotFoundError: Those of a rank are not.
-    """
+    """Raises a FileNotFoundError where the parts of a rank are missing."""
     for rank in range(ranks):
         if not any(folder.glob(f"rank{rank}.*.jsonl")):
             raise FileNotFoundError(
@@ -336,20 +314,20 @@ def check_ranks(folder: Path, ranks: int) -> None:
 
 
 def merge_parts(
-    folder: Path, target: Path, heading: str = "name", left_out: Iterable[tuple[str, str]] = ()
+    folder: Path, target: Path, heading: str = "name", omitted: Iterable[tuple[str, str]] = ()
 ) -> tuple[int, int]:
-    """Merge the parts of all ranks by index into one file and a list of what has no prediction; then remove them.
+    """Merge the parts of all ranks by index into one file and a list of samples without a prediction; remove them.
 
-    The file appears as a whole, in place of one that was there before. A kill leaves it, or the parts.
+    The file appears at once, in place of an older one. A kill leaves it, or the parts.
 
     Args:
         folder: The parts.
         target: The file, `.csv` or `.parquet`.
         heading: Of the first column.
-        left_out: Names and reasons of more samples without a prediction; they head the list.
+        omitted: Names and reasons of more samples without a prediction; they head the list.
 
     Returns:
-        Samples in the file, and in the list.
+        Number of samples in the file, and in the list.
     """
     parts = sorted(folder.glob(PARTS))
     first: dict[str, list[Any]] = next((record["columns"] for part in parts for record in records(part)), {})
@@ -360,14 +338,14 @@ def merge_parts(
         out = stack.enter_context(new_list.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
         listed = csv.writer(out)
         listed.writerow([heading, "reason"])
-        for name, reason in left_out:
+        for name, reason in omitted:
             listed.writerow([name, reason])
             counts[1] += 1
 
         def predicted() -> Iterator[list[Any]]:
             last = -1
             for index, name, values, reason in heapq.merge(*map(rows_of, parts), key=lambda row: row[0]):
-                if index <= last:  # it filled up a rank's last batch, or two processes wrote the same batch
+                if index <= last:  # padding of a rank's last batch, or a batch that two processes wrote
                     continue
                 last = index
                 counts[bool(reason)] += 1
@@ -388,7 +366,7 @@ def merge_parts(
 
 def write_csv(path: Path, kinds: Mapping[str, type], rows: Iterable[list[Any]]) -> None:
     """Write a CSV with a header; numbers with six decimals."""
-    # a file's name need not be UTF-8; its bytes are written as they are
+    # file names need not be UTF-8; their bytes are written as they are
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
         table = csv.writer(out)
         table.writerow(kinds)
@@ -397,8 +375,8 @@ def write_csv(path: Path, kinds: Mapping[str, type], rows: Iterable[list[Any]]) 
 
 
 def write_parquet(path: Path, kinds: Mapping[str, type], rows: Iterable[list[Any]]) -> None:
-    """Write Parquet: words as strings, numbers as float32."""
-    import pyarrow  # comes with datasets; only who asks for Parquet needs it
+    """Write Parquet: names as strings, numbers as float32."""
+    import pyarrow  # comes with datasets; needed for Parquet only
     import pyarrow.parquet
 
     types = {key: pyarrow.string() if kind is str else pyarrow.float32() for key, kind in kinds.items()}

@@ -1,4 +1,4 @@
-"""Warm up the learning rate of any schedule; each block that opens later, on a clock of its own.
+"""Warm up the learning rate of any schedule; for each block that opens later, anew.
 
 Trainer(callbacks=[LRWarmup(steps=500)])
 Trainer(callbacks=[GradualUnfreezing(every_epochs=1), LRWarmup(steps=100), LearningRateMonitor()])
@@ -26,7 +26,7 @@ Shape: TypeAlias = Literal["linear", "cosine", "exponential"]
 
 @runtime_checkable
 class OpensPhases(Protocol):
-    """A callback that lets parameters join later, such as GradualUnfreezing."""
+    """A callback that opens parameters later, such as GradualUnfreezing."""
 
     phases: Sequence[Sequence[nn.Parameter]]
     """Parameters that open together, in the order of opening."""
@@ -51,15 +51,15 @@ def ramp(step: int, steps: int, shape: Shape = "linear") -> float:
 
 
 class LRWarmup(Callback):
-    """Multiplies whatever rate the schedule says by a ramp from near 0 to 1.
+    """Multiplies the learning rate of any schedule by a ramp from near 0 to 1.
 
-    The rate used in optimiser step t is exactly schedule(t) x ramp(t), whatever the schedule: none, recursive,
-    one-cycle, plateau, per step or per epoch. It is scaled while a batch is trained, so that LearningRateMonitor
-    and loggers see it, and put back before any scheduler or checkpoint reads it. Steps are counted as the Trainer
-    counts them, so accumulation doesn't shorten the warm-up, and resuming takes no state of its own.
+    The learning rate of optimiser step t is exactly schedule(t) x ramp(t), whatever the schedule: none, recursive,
+    one-cycle, plateau, per step or per epoch. It is scaled while a batch is trained, so that LearningRateMonitor and
+    loggers see it, and restored before any scheduler or checkpoint reads it. Optimiser steps count, so accumulation
+    doesn't shorten the warm-up, and resuming needs no state of its own.
 
-    With GradualUnfreezing, blocks that open later warm up from the moment they open, and a group shows a rate of 0
-    while it is frozen. For that, blocks must lie in parameter groups of their own.
+    With GradualUnfreezing, blocks that open later warm up from the moment they open, and a group shows a learning rate
+    of 0 while it is frozen. For that, blocks must lie in parameter groups of their own.
 
     Runs on: start of epochs and batches, around the optimiser's step. Touches: `lr`, and with `momentum` also
     `momentum` or the first of `betas`, in the optimiser's groups; the order of the Trainer's callbacks.
@@ -69,12 +69,12 @@ class LRWarmup(Callback):
         epochs: The same in epochs; may be a fraction.
         share: The same as a share of the run, 0 to 1.
         shape: `linear`, `cosine` or `exponential`.
-        momentum: Momentum at the ramp's foot, from where it rises to the optimiser's own.
+        momentum: Momentum at the start of the ramp, from where it rises to the optimiser's own.
         per_block: Whether blocks that open later warm up anew.
 
     Raises:
-        ValueError: The warm-up doesn't fit into the run; another LRWarmup or the schedule warms up, too; there are
-            several optimisers, or no momentum to warm up; a parameter group holds blocks that open at different times.
+        ValueError: The warm-up doesn't fit into the run; another LRWarmup or the schedule itself warms up; several
+            optimisers, or no momentum to warm up; a parameter group holds blocks that open at different times.
 
     Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
 
@@ -104,10 +104,10 @@ class LRWarmup(Callback):
 
     def _reset(self) -> None:
         self.length = 0  # in optimiser steps
-        self._later_length = 0  # the same of blocks that open later: another one, where a resume has changed epochs
+        self._later_length = 0  # of blocks that open later: another one, where a resume has changed epochs
         self.opener: OpensPhases | None = None
         self._phase_of: list[int] = []  # for each group of the optimiser
-        self._own: list[dict[str, Any]] = []  # what the schedule wrote, while groups are scaled
+        self._own: list[dict[str, Any]] = []  # what the schedule has set, while groups are scaled
         self._stepping = False
         self._hooks: list[Any] = []
 
@@ -115,20 +115,16 @@ class LRWarmup(Callback):
         """Length of the warm-up in optimiser steps.
 
         Args:
-            total_steps: Of the run; infinite where that is not known.
+            total_steps: Of the run; infinite where unknown.
             steps_per_epoch: Optimiser steps, of which an epoch's last, shorter accumulation is one.
             begin: Step at which the run began, or would have with as many steps in each epoch: `step_at_epoch` of 0.
-
-        Raises:
-            ValueError: It is no shorter than the run, or a share of a run without a known length.
         """
-        needed = total_steps if self.share is not None else steps_per_epoch if self.epochs is not None else 1
-        if not math.isfinite(needed):
+        if self.epochs is not None and not math.isfinite(steps_per_epoch):
+            raise ValueError("LRWarmup received epochs, but the data has no length: give steps")
+        if self.share is not None and not math.isfinite(total_steps):
             raise ValueError(
-                "LRWarmup received epochs, but the data has no length: give steps"
-                if self.epochs is not None
-                else "LRWarmup received a share of a run whose length is not known: give steps, or set max_steps, "
-                "or max_epochs where the data has a length"
+                "LRWarmup received a share of a run whose length is not known: give steps, or set max_steps, or "
+                "max_epochs where the data has a length"
             )
         length = self.steps or round((self.share or 0) * total_steps)
         if self.epochs is not None:
@@ -138,38 +134,34 @@ class LRWarmup(Callback):
         return length
 
     def factor(self, step: int, length: int, opened: int = 0) -> float:
-        """Factor at optimiser step `step` on the rate of a group that opened at step `opened`."""
+        """Factor at optimiser step `step` on the learning rate of a group that opened at step `opened`."""
         return ramp(step - (opened if self.per_block else 0), length, self.shape)
 
     def check_schedule(self, scheduler: Any) -> None:
-        """Refuse a schedule that warms up itself; say so where its rate rises by its nature.
-
-        Raises:
-            ValueError: The two would multiply.
-        """
+        """Refuse a schedule that warms up itself; log where its learning rate rises by nature."""
         kind = type(scheduler).__name__
         if own := own_warmup(scheduler):
             raise ValueError(
                 f"LRWarmup and the warm-up of {kind} itself ({own}) would multiply: switch off the schedule's own, or "
-                "leave LRWarmup out"
+                "remove LRWarmup"
             )
         if kind in RISING:
             _say(f"warm-up: multiplies the rise of {kind}, which begins low by itself")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; go in front of whatever reads rates, behind what opens blocks."""
+        """Forget the previous fit; go in front of what reads learning rates, behind what opens blocks."""
         if stage == "fit":
             self._reset()
             others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
             if any(isinstance(other, LRWarmup) for other in others):
-                raise ValueError("two LRWarmup would multiply: the rate would rise by the square; give one of them")
+                raise ValueError("two LRWarmup would multiply: the learning rate would rise by the square; give one")
             openers = [other for other in others if isinstance(other, OpensPhases)]
             rest = [other for other in others if not isinstance(other, OpensPhases)]
             self.opener = openers[0] if openers else None  # type: ignore[assignment]
             trainer.callbacks = [*openers, self, *rest]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the length and each group's phase, and enclose the optimiser's step."""
+        """Find the length and each group's phase, and hook the optimiser's step."""
         if len(trainer.optimizers) != 1:
             raise ValueError(f"LRWarmup serves one optimiser; this module has {len(trainer.optimizers)}")
         optimizer = trainer.optimizers[0]
@@ -198,29 +190,33 @@ class LRWarmup(Callback):
             _say(f"warm-up: {self.shape} over {self.length} optimiser steps{clocks}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the rate of the coming step."""
+        """Show the learning rate of the coming step."""
         self._restore(trainer.optimizers[0])
         self._scale(trainer.optimizers[0], trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the rate of the coming step."""
+        """Show the learning rate of the coming step."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put rates back where no step follows: while gradients accumulate, or a gradient scaler may skip it."""
+        """Restore learning rates where no step follows: during accumulation, or where a scaler may skip it."""
         if not self._stepping:
             self._restore(trainer.optimizers[0])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimiser."""
-        self._let_go(trainer)
+        """Restore learning rates; leave the optimiser."""
+        if self._own:
+            self._restore(trainer.optimizers[0])
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimiser, before anything saves it."""
-        self._let_go(trainer)
+        """The same, before anything saves the optimiser."""
+        self.on_train_end(trainer, pl_module)
 
     def _scale(self, optimizer: Optimizer, step: int) -> None:
-        """Keep what the schedule wrote, and write what the step is to use."""
+        """Keep what the schedule has set, and set what the step is to use."""
         opened = self.opener.opening_steps if self.opener and self.per_block else [0]
         for group, phase in zip(optimizer.param_groups, self._phase_of, strict=True):
             length = self._later_length if phase else self.length
@@ -232,25 +228,17 @@ class LRWarmup(Callback):
             else:
                 group["lr"] *= share
             if self.momentum is not None:
-                if "betas" in group:
-                    group["betas"] = (_between(self.momentum, group["betas"][0], share), *group["betas"][1:])
-                else:
-                    group["momentum"] = _between(self.momentum, group["momentum"], share)
+                own = group["betas"][0] if "betas" in group else group["momentum"]
+                momentum = self.momentum + (own - self.momentum) * share
+                group |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
 
     def _restore(self, optimizer: Optimizer) -> None:
-        """Put back what the schedule wrote."""
+        """Restore what the schedule has set."""
         for group, own in zip(optimizer.param_groups, self._own, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].copy_(own.pop("lr"))
             group.update(own)
         self._own = []
-
-    def _let_go(self, trainer: Trainer) -> None:
-        if self._own:
-            self._restore(trainer.optimizers[0])
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
@@ -268,7 +256,7 @@ def step_at_epoch(trainer: Trainer, epoch: float) -> float:
     if not math.isfinite(per_epoch):
         return math.inf
     epochs, batches, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress, 0.0
-    if vars(epochs)["started"] > trainer.current_epoch:  # amid an epoch
+    if vars(epochs)["started"] > trainer.current_epoch:  # during an epoch
         last = batches.is_last_batch
         done = per_epoch if last else vars(batches.current)["processed"] // trainer.accumulate_grad_batches
     return trainer.global_step + (epoch - trainer.current_epoch) * per_epoch - done
@@ -288,10 +276,9 @@ def steps_of_run(trainer: Trainer) -> float:
 
 
 def own_warmup(scheduler: Any) -> str:
-    """What a schedule says of a warm-up of its own, such as `warmup_steps=100`; empty where it has none.
+    """A schedule's own warm-up, such as `warmup_steps=100`; empty where it has none.
 
-    Found by the names that they go by here, in transformers and in timm. LinearLR of torch is left to its user: it may
-    be there to decay.
+    Found by the names used here, in transformers and in timm; torch's LinearLR is accepted: it may be there to decay.
     """
     inner = [found for each in getattr(scheduler, "_schedulers", ()) if (found := own_warmup(each))]
     lambdas = [getattr(function, "keywords", {}) for function in getattr(scheduler, "lr_lambdas", ())]
@@ -303,11 +290,7 @@ def own_warmup(scheduler: Any) -> str:
 
 
 def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter]]) -> list[int]:
-    """Phase in which each parameter group opens; 0 where no phases are known.
-
-    Raises:
-        ValueError: A group's parameters open at different times.
-    """
+    """Phase in which each parameter group opens; 0 where no phases are known."""
     phase_of = {parameter: index for index, phase in enumerate(phases) for parameter in phase}
     found = []
     for index, group in enumerate(optimizer.param_groups):
@@ -323,9 +306,5 @@ def phase_of_groups(optimizer: Optimizer, phases: Sequence[Sequence[nn.Parameter
 
 
 def _say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
-
-
-def _between(low: float, high: float, share: float) -> float:
-    return low + (high - low) * share

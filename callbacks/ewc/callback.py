@@ -1,7 +1,6 @@
 """Elastic weight consolidation: learn a new task while the weights that mattered to the old ones are held.
 
-The maths comes first, as functions for any loop: the penalty's value, gradient and proximal step, and the Fisher
-information of a classifier, exact and per sample (`fisher_diagonal`). Then the callback.
+The maths lies in `penalty` and `fisher`, as functions for any loop; here is the callback.
 """
 
 from __future__ import annotations
@@ -9,76 +8,73 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
 
 from .fisher import NO_LABELS, Estimator, choose_estimator, fisher_diagonal
 from .memory import Memory, check_fisher, load_memory, save_memory
 from .messages import did_you_mean, say, some
 from .penalty import add_penalty_gradient_, merge, penalty, proximal_step_
-from .per_sample import check_logits, evaluating, wide_dtype
-from .samples import FISHER_BATCH, ChosenSamples, choose_samples, dataset_labels, labels_of, logits_of, preserve_state
+from .per_sample import check_logits, evaluating
+from .samples import fisher_batches, labels_of, logits_of, preserve_state
 
 
 class EWC(Callback):
     """Holds the weights that mattered to earlier tasks while a new one is learnt.
 
-    At the end of a fit the diagonal Fisher information of its task is taken, with the weights of the last step,
-    and kept with these weights, the anchor. In later fits the penalty
+    At the end of a fit the diagonal Fisher information of its task is taken, with the weights of the last step, and
+    kept with these weights, the anchor. In later fits the penalty
 
         strength / 2 * sum F (theta - theta*)^2
 
-    draws the weights back: in the mode `proximal` by an implicit step after each update of the optimiser, which
+    pulls the weights back: in the mode `proximal` by an implicit step after each update of the optimiser, which
     diverges at no strength; in the mode `gradient` by its gradient, once per optimiser step and before clipping,
-    which diverges where rate * strength * F passes 2 (a warning tells). Either follows each group's learning rate
-    as it is, warm-up included, leaves frozen parameters alone and is the same on all ranks.
+    which diverges where lr * strength * F exceeds 2 (a warning says so). Both follow each group's learning rate as it
+    is, warm-up included, leave frozen parameters alone and are the same on all ranks.
 
     One instance serves a sequence of fits in one process. Between processes, `save` writes the Fisher and `load`
-    reads it; the data of the old task is not needed. Several tasks cost what one costs: their penalties' sum is
-    one quadratic, of two tensors per parameter. A file holds this sum, so the next fit loads the newest file only.
-    A resumed fit needs no file, its checkpoint has all. Not held: buffers, such as BatchNorm's statistics;
-    parameters that were frozen when the Fisher was taken; those that `exclude` names, to which a head belongs whose
-    classes change.
+    reads it; the data of the old task is not needed. Several tasks cost what one costs: the sum of their penalties is
+    one quadratic, which a file holds, so the next fit loads the newest file only. A resumed fit needs no file: its
+    checkpoint has everything. Not held: buffers, such as BatchNorm's statistics; parameters that were frozen when the
+    Fisher was taken; those that `exclude` names, such as a head whose classes change.
 
     The Fisher is taken over a subset of the training samples: of `trainer.datamodule.fisher_dataloader()` where it
     exists (a DataLoader with the transforms of evaluation: all samples on every rank, not shuffled), else of the
-    training loader's data set, with its transforms, whose draws from torch and Python are fixed per sample; batch
-    transfer hooks do as in validation. It is the same for every batch size and number of ranks. A first batch is
-    tried before training, so that a model whose logits cannot be found is refused in time; `logits` and `labels`
-    may be overridden.
+    training loader's data set, with its transforms, whose random numbers are fixed per sample; batch transfer hooks
+    run as in validation. It is the same for every batch size and number of ranks. A first batch is tried before
+    training, so that a model whose logits cannot be found is refused in time; `logits` and `labels` may be overridden.
 
     Runs on: fit (start, before optimiser steps or after them, end of batch and of training). Touches: gradients or
     weights, `ewc/penalty` and `ewc/ratio` (penalty to loss) in steps that log, one file.
 
     Args:
-        strength: Weight of the penalty. In the mode `proximal` 1e3 to 1e6 is worth a try with SGD; a step of Adam does
-            not shrink with its gradient, and takes far more to be held.
+        strength: Weight of the penalty. In the mode `proximal` 1e3 to 1e6 is worth a try with SGD; Adam's steps do not
+            shrink with their gradient and need far more.
         mode: `proximal` or `gradient`.
         load: Files to start from, each of other tasks.
         save: Where to write the Fisher; `fisher.safetensors` in the trainer's log folder if not given.
         consolidate: Whether to take the Fisher at the end. If not given: unless files are loaded and none is saved.
         samples: Training samples to take the Fisher of, each class by its share; None for all.
-        estimator: See `fisher_diagonal`.
-        draws: Backward passes per sample, for the estimators `signs` and `sampled`.
-        exclude: Regular expressions looked for in the names of parameters that are not held.
+        estimator: See `fisher_diagonal`; `sampled`, of old configs, is taken as `signs`.
+        draws: Backward passes per sample, for the estimator `signs`.
+        exclude: Regular expressions, searched for in names: parameters that are not held.
         normalise: Whether to divide each task's Fisher by its mean, which makes strengths comparable.
-        online_decay: None holds each task at its own anchor. A number from 0 to 1 holds all at the newest one,
-            with the older Fishers multiplied by it once per task.
+        online_decay: None holds each task at its own anchor. A number from 0 to 1 holds all at the newest one, with
+            the older Fishers multiplied by it once per task.
         task: Name of the task for the file and the log.
-        seed: Decides the subset and all draws.
+        seed: Of the subset and all draws.
 
-    Raises before the first step where it can: ValueError for a Fisher that is zero everywhere, not finite or of other
-    parameters, and for a pattern without a match; TypeError for logits or data that cannot be found; RuntimeError for
-    FSDP and DeepSpeed, which split parameters.
+    Raises, before the first step where it can:
+        ValueError: A Fisher that is zero everywhere, not finite or of other parameters; a pattern without a match.
+        TypeError: Logits or data that cannot be found.
+        RuntimeError: FSDP and DeepSpeed, which split parameters.
 
     Sources: Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796. Online: Schwarz et al. 2018,
     https://arxiv.org/abs/1805.06370.
@@ -96,7 +92,7 @@ class EWC(Callback):
         save: str | Path | None = None,
         consolidate: bool | None = None,
         samples: int | None = 1000,
-        estimator: Estimator = "auto",
+        estimator: Estimator | Literal["sampled"] = "auto",
         draws: int = 1,
         exclude: Sequence[str] = (),
         normalise: bool = False,
@@ -104,6 +100,9 @@ class EWC(Callback):
         task: str | None = None,
         seed: int = 0,
     ) -> None:
+        if estimator == "sampled":
+            rank_zero_warn("EWC's estimator 'sampled' is no longer there; 'signs' takes its place: write that")
+            estimator = "signs"
         _check("strength", strength, 0 <= strength < float("inf"), "a number of at least 0")
         _check("mode", mode, mode in ("proximal", "gradient"), "proximal or gradient")
         _check("samples", samples, samples is None or samples > 0, "1 or more, or none for all")
@@ -117,10 +116,10 @@ class EWC(Callback):
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.normalise, self.online_decay, self.task, self.seed = normalise, online_decay, task, seed
         self.memory: Memory | None = None  # of the tasks before the next fit
-        self.active: Memory | None = None  # what the present fit is held by
+        self.active: Memory | None = None  # what the current fit is held by
         self._hooks: list[Any] = []
         self._names: dict[int, str] = {}
-        self._rates: dict[int, Any] = {}  # of parameter groups, in the step at hand
+        self._lrs: dict[int, Any] = {}  # of parameter groups, in the current step
         self._penalty: Tensor | None = None
         self._classes = 0
 
@@ -129,7 +128,7 @@ class EWC(Callback):
         return logits_of(pl_module, batch)
 
     def labels(self, batch: Any) -> Tensor | None:
-        """True labels `(batch,)`; samples labelled -100 do not count."""
+        """True labels `(batch,)`; samples labelled -100 are ignored."""
         return labels_of(batch)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,11 +145,11 @@ class EWC(Callback):
         return dict(vars(self.active or Memory({}, {}, [])))  # never empty: Lightning would neither save nor restore it
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what the checkpoint's fit was held by, whatever has been learnt since."""
+        """Take what the checkpoint's fit was held by, whatever has been learnt since."""
         self.memory = Memory(**state_dict) if state_dict["tasks"] else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load, and match names and shapes."""
+        """Load the files; match names and shapes."""
         if self.memory is None and self.load:
             self.memory = self._load()
         names = {name: p.shape for name, p in _parameters(pl_module).items()}
@@ -167,20 +166,20 @@ class EWC(Callback):
         for name, t in self.memory.fisher.items():
             if name not in names:
                 raise ValueError(
-                    f"the Fisher knows {name!r}, which {owner} lacks{did_you_mean(name, names)}; "
+                    f"the Fisher has {name!r}, which {owner} lacks{did_you_mean(name, names)}; "
                     f"if it is meant to be new, exclude it: exclude: ['^{re.escape(name)}$']"
                 )
             if t.shape != names[name]:
                 raise ValueError(
-                    f"{name} is {tuple(names[name])} in {owner} and {tuple(t.shape)} in the Fisher, of other "
-                    "classes perhaps; exclude what has changed, such as the head: "
+                    f"{name} has shape {tuple(names[name])} in {owner} and {tuple(t.shape)} in the Fisher, perhaps of "
+                    "other classes; exclude what has changed, such as the head: "
                     f"exclude: ['^{name.rpartition('.')[0] or name}']"
                 )
         if not self.memory.fisher:
-            raise ValueError(f"exclude: {self.exclude} leaves nothing of the Fisher to hold; name fewer parameters")
+            raise ValueError(f"exclude: {self.exclude} leaves nothing of the Fisher to hold; exclude fewer parameters")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the anchors beside the parameters, hook into the optimisers, try a first batch of the Fisher."""
+        """Move the anchors to the parameters' devices, hook the optimisers, try a first batch of the Fisher."""
         parameters = _parameters(pl_module)
         self._remove_hooks()
         if self.memory is not None:
@@ -194,34 +193,30 @@ class EWC(Callback):
             for optimizer in trainer.optimizers:
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else gradients come scaled
                 if self.mode == "proximal":
-                    self._hooks.append(optimizer.register_step_pre_hook(self._read_rates))
+                    self._hooks.append(optimizer.register_step_pre_hook(self._read_lrs))
                     self._hooks.append(optimizer.register_step_post_hook(self._pull))
                 elif optimizer.param_groups[0].get("line_search_fn"):
                     raise ValueError(
-                        "L-BFGS's line search compares losses, and the penalty is not in them; take EWC's mode proximal"
+                        "L-BFGS's line search compares losses, and the penalty is not in them; use EWC's mode proximal"
                     )
-            self._report(trainer, self.active, [n for n, p in parameters.items() if p.requires_grad])
+            self._announce(trainer, self.active, [n for n, p in parameters.items() if p.requires_grad])
         if self.consolidate:  # what would fail after training fails here
             with preserve_state(trainer, pl_module.device), evaluating(pl_module):
-                for batch in self._batches(trainer, pl_module, 2 * trainer.world_size)[0]:
+                for batch in fisher_batches(trainer, pl_module, 2 * trainer.world_size, self.seed)[0]:
                     self._classes = check_logits(self.logits(pl_module, batch)).shape[1]
                     if self.estimator == "empirical" and self.labels(batch) is None:
                         raise ValueError(NO_LABELS)
 
-    def _report(self, trainer: Trainer, memory: Memory, trained: Sequence[str]) -> None:
-        """Say what is held; warn where the mode gradient would diverge."""
+    def _announce(self, trainer: Trainer, memory: Memory, trained: Sequence[str]) -> None:
+        """Log what is held; warn where the mode gradient would diverge."""
         if trainer.is_global_zero:
-            say(
-                "EWC: %d tensors of %s numbers are held at %s, %s, strength %g; free: %s",
-                len(memory.fisher),
-                f"{sum(t.numel() for t in memory.fisher.values()):,}",
-                ", ".join(task["name"] for task in memory.tasks),
-                self.mode,
-                self.strength,
-                some([name for name in trained if name not in memory.fisher]) or "none",
-            )
+            numbers = f"{sum(t.numel() for t in memory.fisher.values()):,}"
+            tasks = ", ".join(task["name"] for task in memory.tasks)
+            free = some([name for name in trained if name not in memory.fisher]) or "none"
+            held = f"{len(memory.fisher)} tensors with {numbers} parameters are held at {tasks}"
+            say("EWC: %s, %s, strength %g; free: %s", held, self.mode, self.strength, free)
         if self.mode == "gradient":
-            # Schedules note the highest rate that a group will get.
+            # Schedules write the highest learning rate that a group will get into it.
             steps = {
                 name: max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
                 * self.strength
@@ -232,12 +227,12 @@ class EWC(Callback):
             name = max(steps, key=lambda name: steps[name], default="")
             if steps and steps[name] > 2:
                 rank_zero_warn(
-                    f"EWC: rate * strength * F reaches {steps[name]:.3g} in {name}; gradient descent on the penalty "
-                    f"diverges above 2. Take mode proximal, or a strength below {self.strength * 2 / steps[name]:.2g}"
+                    f"EWC: lr * strength * F reaches {steps[name]:.3g} in {name}; gradient descent on the penalty "
+                    f"diverges above 2. Use mode proximal, or a strength below {self.strength * 2 / steps[name]:.2g}"
                 )
 
     def _held(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
-        """Name, parameter and group of all in an optimiser that are held."""
+        """Name, parameter and group of what is held, of one optimiser."""
         pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         return [(self._names[id(p)], p, group) for p, group in pairs if id(p) in self._names]
 
@@ -254,16 +249,15 @@ class EWC(Callback):
             mine = {name: p for name, p, _ in self._held(optimizer)}
             add_penalty_gradient_(mine, memory.anchor, memory.fisher, self.strength)
 
-    def _read_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The rates of this step: another hook may put them back before ours comes after it."""
+    def _read_lrs(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The learning rates of this step: another hook may restore its own before ours runs after it."""
         for group in optimizer.param_groups:
-            rate = group["lr"]
-            self._rates[id(group)] = rate.clone() if isinstance(rate, Tensor) else rate
+            self._lrs[id(group)] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
 
     def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The proximal step."""
         memory, held = cast(Memory, self.active), self._held(optimizer)
-        coefficients = {name: self._rates[id(group)] * self.strength for name, _, group in held}
+        coefficients = {name: self._lrs[id(group)] * self.strength for name, _, group in held}
         proximal_step_({name: p for name, p, _ in held}, memory.anchor, memory.fisher, coefficients)
 
     def on_train_batch_end(
@@ -289,8 +283,8 @@ class EWC(Callback):
         if trainer.is_global_zero:
             save_memory(path, self.memory)
             say("EWC: Fisher of %(samples)d samples (%(estimator)s)", self.memory.tasks[-1])
-            say("EWC: took %.1f s; written to %s", time.monotonic() - started, path)
-        trainer.strategy.barrier("Fisher written")
+            say("EWC: took %.1f s; saved to %s", time.monotonic() - started, path)
+        trainer.strategy.barrier("Fisher saved")
 
     def _take(self, trainer: Trainer, pl_module: LightningModule) -> Memory:
         """Fisher and anchor of the task that has just been learnt."""
@@ -299,7 +293,7 @@ class EWC(Callback):
         if not parameters:
             raise ValueError("EWC: every parameter is frozen or excluded, so there is nothing to take a Fisher of")
         with preserve_state(trainer, pl_module.device):
-            batches, positions = self._batches(trainer, pl_module, self.samples)
+            batches, positions = fisher_batches(trainer, pl_module, self.samples, self.seed)
             mean, counted = fisher_diagonal(
                 functools.partial(self.logits, pl_module),
                 batches,
@@ -355,12 +349,12 @@ class EWC(Callback):
                 if task["normalised"] != self.normalise:
                     raise ValueError(
                         f"{path}: the Fisher of {task['name']!r} was taken with normalise={task['normalised']}, and "
-                        f"this is normalise={self.normalise}; make them equal. A strength s on the normalised Fisher "
-                        f"is s / {task['mean']:.3g} on the other"
+                        f"this EWC has normalise={self.normalise}; make them equal. A strength s on the normalised "
+                        f"Fisher is s / {task['mean']:.3g} on the other"
                     )
                 if joined and task in joined.tasks:
                     raise ValueError(
-                        f"{path} holds {task['name']!r} as another of the loaded files does; load the newest only"
+                        f"{path} holds {task['name']!r}, as another of the loaded files does; load the newest only"
                     )
             joined = self._joined(joined, memory)
         return cast(Memory, joined)
@@ -371,46 +365,6 @@ class EWC(Callback):
         fisher, anchor, constant = merge((old.fisher, old.anchor), (new.fisher, new.anchor), self.online_decay)
         constant = constant + old.constant + new.constant if self.online_decay is None else 0.0
         return Memory(fisher, anchor, old.tasks + new.tasks, constant)
-
-    def _batches(
-        self, trainer: Trainer, pl_module: LightningModule, samples: int | None
-    ) -> tuple[Iterator[Any], Sequence[int]]:
-        """This rank's batches on its device, after all transfer hooks, and the positions of their samples."""
-        data: Any = getattr(trainer, "datamodule", None)
-        own = hasattr(data, "fisher_dataloader")
-        loader = data.fisher_dataloader() if own else trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            raise TypeError(
-                "EWC takes the Fisher of samples of one DataLoader over a data set with a length, received "
-                f"{type(loader).__name__}; give the data module a method fisher_dataloader() that returns such a one"
-            )
-        dataset: Any = loader.dataset
-        items = list(loader.sampler) if own else list(range(len(dataset)))
-        if not items:
-            raise ValueError("EWC: there are no samples to take a Fisher of; the training data are empty")
-        labels = dataset_labels(dataset)
-        if labels is not None and isinstance(items[0], int):
-            labels = labels[torch.tensor(items)]
-        fit = labels is not None and len(labels) == len(items)
-        chosen = choose_samples(labels if fit else None, len(items), samples, self.seed)
-        positions = range(len(chosen))[trainer.global_rank :: trainer.world_size]
-        taken = [chosen[position] for position in positions]
-        workers = loader.num_workers if len(taken) > FISHER_BATCH else 0
-        batches: DataLoader[Any] = DataLoader(
-            ChosenSamples(dataset, [items[index] for index in taken], taken, self.seed),
-            batch_size=min(loader.batch_size or FISHER_BATCH, FISHER_BATCH),
-            collate_fn=loader.collate_fn,
-            num_workers=workers,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if workers else None,
-        )
-        wide = wide_dtype(next(pl_module.parameters()).dtype)
-
-        def moved(batch: Any) -> Any:
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            return apply_to_collection(batch, Tensor, lambda t: t.to(wide) if t.is_floating_point() else t)
-
-        return map(moved, batches), positions
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from .per_sample import Logits, Parameters, SquaredGradients, Way, evaluating, zeros_like
 
-Estimator: TypeAlias = Literal["auto", "exact", "signs", "sampled", "empirical"]
-IGNORED = -100  # the label of a sample that does not count, as in torch's losses
+Estimator: TypeAlias = Literal["auto", "exact", "signs", "empirical"]
+IGNORED = -100  # the label of a sample that is ignored, as in torch's losses
 EXACT_CLASSES = 10  # up to so many classes the exact expectation is worth its backward passes
 NO_LABELS = "the empirical Fisher needs true labels, and the batches bring none; take the estimator exact"
 
@@ -34,21 +34,21 @@ def fisher_diagonal(
 ) -> tuple[dict[str, Tensor], int]:
     """Diagonal of a classifier's Fisher information: mean over samples of E[(d log p(y|x) / d theta)^2].
 
-    Gradients are squared sample by sample, so the batch size has no influence. Modules are in evaluation mode,
-    in float32 (or 64) and outside autocast meanwhile; all is put back, and `.grad` is not touched.
+    Gradients are squared sample by sample, so the batch size has no influence. Modules are in evaluation mode, in
+    float32 (or 64) and outside autocast during it; all is restored, and `.grad` is not touched.
 
     Args:
         logits: From a batch to logits `(batch, classes)`, through `module`.
         batches: Tensors in tuples, lists, dictionaries or alone, with the samples in their first dimension.
         parameters: Those to differentiate by, by name.
         module: All modules that take part.
-        labels: From a batch to labels `(batch,)`; a sample labelled -100 does not count.
-        positions: A number for each sample, from which its draws are made; 0, 1, 2, ... if not given.
+        labels: From a batch to labels `(batch,)`; a sample labelled -100 is ignored.
+        positions: A number for each sample, which seeds its draws; 0, 1, 2, ... if not given.
         estimator: `exact`: expectation over all classes, a backward pass for each but one. `signs`: over `draws`
-            random combinations of all classes. `sampled`: over `draws` labels from the model's own distribution.
-            All three have the same expectation. `empirical`: at the true labels, another quantity, which vanishes as
-            the fit gets better (https://arxiv.org/abs/1905.12558). `auto`: exact up to 10 classes, else signs.
-        draws: Backward passes per sample, for `signs` and `sampled`.
+            random combinations of all classes, with the same expectation. `empirical`: at the true labels, another
+            quantity, which vanishes as the fit gets better (https://arxiv.org/abs/1905.12558). `auto`: exact up to 10
+            classes, else signs.
+        draws: Backward passes per sample, for `signs`.
         seed: Of the draws.
         way: How per-sample gradients are made; all agree. `layers`: whole batches, from the inputs of layers and
             the gradients of their outputs. `loop`: one sample at a time, for any model. `vmap`: by torch.func.
@@ -110,11 +110,9 @@ def score_vectors(
       and those after it, which is the Cholesky factor of diag(p) - p p^T (Tanabe & Sagae 1992).
     * `signs` takes s - p sum(s) at s = sqrt(p) with random signs: all classes take part in each, so the variance is
       small (for diagonals in general: Bekas et al. 2007, https://doi.org/10.1016/j.apnum.2007.01.003).
-    * `sampled` takes onehot(y) - p at labels y whose quantiles lie evenly. Once a model is sure of its labels,
-      the rare other ones carry nearly all of the Fisher, and few draws tell little about it.
 
     Arguments are those of `fisher_diagonal`, for logits `(batch, classes)`, with labels `(batch,)` and a position for
-    each sample. Yields `(batch, classes)`, detached; zeros for samples that do not count.
+    each sample. Yields `(batch, classes)`, detached; zeros for ignored samples.
     """
     log_p = logits.detach().cpu().double().log_softmax(-1).clamp(min=-1e3)  # -inf would make differences of infinities
     counted = 1.0 if labels is None else (labels != IGNORED).unsqueeze(1).to(log_p)
@@ -134,14 +132,8 @@ def score_vectors(
         scores = [F.one_hot(cast(Tensor, labels).cpu().clamp(min=0), classes) - p]
     else:
         generators = [torch.Generator().manual_seed(random.Random(f"{seed} {at}").getrandbits(63)) for at in positions]
-        if estimator == "signs":
-            signs = torch.stack([torch.randint(2, (draws, classes), generator=g) * 2 - 1 for g in generators], 1)
-            mixed = p.sqrt() * signs  # (draws, batch, classes)
-            scores = list(mixed - p * mixed.sum(2, keepdim=True))
-        else:
-            starts = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-            quantiles = (starts.unsqueeze(1) + torch.arange(draws)) / draws
-            drawn = torch.searchsorted(p.cumsum(1), quantiles).clamp(max=classes - 1)
-            scores = [F.one_hot(y, classes) - p for y in drawn.T]
+        signs = torch.stack([torch.randint(2, (draws, classes), generator=g) * 2 - 1 for g in generators], 1)
+        mixed = p.sqrt() * signs  # (draws, batch, classes)
+        scores = list(mixed - p * mixed.sum(2, keepdim=True))
     for score in scores:
         yield (score * counted / len(scores) ** 0.5).to(logits)

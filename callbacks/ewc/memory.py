@@ -1,4 +1,4 @@
-"""What a task leaves behind: its weights and their Fisher information, as a safetensors file."""
+"""What is kept of a task: its weights and their Fisher information, as a safetensors file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save_memory(path: Path, memory: Memory) -> None:
 
 
 def load_memory(path: Path) -> Memory:
-    """Reads a `fisher.safetensors`; refuses other files, and a Fisher that is no use."""
+    """Reads a `fisher.safetensors`; refuses other files and a useless Fisher."""
     if not path.is_file():
         raise FileNotFoundError(f"no Fisher at {path}; a fit with EWC(save=...) writes one at its end")
     try:
@@ -62,10 +62,10 @@ def load_memory(path: Path) -> Memory:
 
 
 def check_fisher(fisher: Tensors, source: str) -> None:
-    """Raises a ValueError for a Fisher that would hold nothing, or break everything."""
+    """Raises a ValueError for a Fisher that is zero everywhere, negative or not finite."""
     for name, t in fisher.items():
         if not bool(torch.isfinite(t).all()) or bool((t < 0).any()):
-            raise ValueError(f"{source}: the Fisher of {name} has numbers that are not finite or below 0; make it anew")
+            raise ValueError(f"{source}: the Fisher of {name} has negative or non-finite values; take it again")
     if not any(bool(t.any()) for t in fisher.values()):
         raise ValueError(
             f"{source}: the Fisher is zero everywhere, so the penalty would hold nothing; the logits do not depend "

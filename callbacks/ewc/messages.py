@@ -1,4 +1,4 @@
-"""What EWC says, and how it lists and corrects names."""
+"""Log lines of EWC, and names in them: listed, corrected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__package__)
 
 
 def say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 

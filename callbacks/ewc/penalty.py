@@ -30,7 +30,7 @@ def add_penalty_gradient_(parameters: Tensors, anchor: Tensors, fisher: Tensors,
     """Adds the gradient of `penalty`, strength * F (theta - theta*), to `.grad`, which is made where there is none.
 
     Frozen parameters are left alone, sparse gradients refused. Gradient descent on it diverges where
-    rate * strength * F passes 2.
+    lr * strength * F exceeds 2.
     """
     rows = []
     for name, f in fisher.items():
@@ -40,7 +40,7 @@ def add_penalty_gradient_(parameters: Tensors, anchor: Tensors, fisher: Tensors,
             p.grad = torch.zeros_like(p)
         elif p.grad.layout != torch.strided:
             raise RuntimeError(
-                f"{name} has a sparse gradient, and the penalty's is dense; take EWC's mode proximal, or sparse=False"
+                f"{name} has a sparse gradient, and the penalty's is dense; use EWC's mode proximal, or sparse=False"
             )
         rows.append((p, anchor[name], f, p.grad))
     if rows and rows[0][0].device.type != "cpu":
@@ -57,7 +57,7 @@ def proximal_step_(
 ) -> None:
     """Implicit step on the penalty: theta <- (theta + c F theta*) / (1 + c F), which diverges for no c.
 
-    In place, for each name of `coefficients`, which holds c = rate * strength; frozen parameters are left alone.
+    In place, for each name of `coefficients`, which holds c = lr * strength; frozen parameters are left alone.
     """
     names = [
         name
@@ -81,7 +81,7 @@ def proximal_step_(
 
 
 def _pieces(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
-    """Cuts matching tensors into pieces that stay in a CPU's cache; with their row and memory to work in."""
+    """Row, scratch memory and matching pieces of tensors, small enough for a CPU's cache."""
     scratch: dict[torch.dtype, Tensor] = {}
     for row, tensors in enumerate(rows):
         first = tensors[0]

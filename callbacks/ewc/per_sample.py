@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -12,8 +11,8 @@ import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from .layers import LAYERS, NORMS, Use, add_squares
 from .messages import say, some
 from .penalty import Tensors
 
@@ -21,11 +20,6 @@ Parameters: TypeAlias = Mapping[str, nn.Parameter]
 Logits: TypeAlias = Callable[[Any], Tensor]
 Way: TypeAlias = Literal["auto", "layers", "loop", "vmap"]
 Vectors: TypeAlias = Callable[[Tensor, slice], Iterator[Tensor]]  # of some samples, from their logits
-SQUARES = 1 << 18  # numbers of per-sample gradients at a time on a CPU, likewise
-LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)  # features in the last dimension; in the second of the others
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, nn.Embedding, *NORMS, *CONVOLUTIONS)
 
 
 class _Call(NamedTuple):
@@ -37,11 +31,8 @@ class _Call(NamedTuple):
     at: Tensor | GradientEdge  # where the gradient with respect to the layer's output comes by
 
 
-_Use: TypeAlias = tuple[nn.Module | None, str, Tensor, Tensor]  # the first arguments of `_gradients`
-
-
 class SquaredGradients:
-    """Sums over samples of squared gradients, made in one of three ways."""
+    """Sums over samples of squared gradients, computed in one of three ways."""
 
     def __init__(self, logits: Logits, batch: Any, parameters: Parameters, module: nn.Module, way: Way) -> None:
         self.logits, self.parameters = logits, parameters
@@ -64,14 +55,14 @@ class SquaredGradients:
         self.totals = zeros_like(parameters, taps_first=self.way == "layers")
 
     def find_samples(self, batch: Any) -> int:
-        """Which tensor of a batch tells how many samples it has: cutting there leaves as many rows of logits."""
+        """Index of the tensor whose length is the batch size: slicing there leaves as many rows of logits."""
         failure: Exception | None = None
         for index, t in enumerate(_tensors(batch)):
             if t.dim():
                 try:
                     if len(self.checked(_cut(batch, 0, 2, len(t)))) == min(2, len(t)):
                         return index
-                except Exception as error:  # of the net's own, where it is not the samples that were cut
+                except Exception as error:  # of the net's own, where it is not the samples that were sliced
                     failure = failure or error
         raise failure or TypeError(
             f"no tensor of the batch, a {type(batch).__name__}, has its samples in the first dimension; batches must "
@@ -85,10 +76,10 @@ class SquaredGradients:
         return check_logits(self.logits(batch))
 
     def choose(self, batch: Any, way: Way) -> Way:
-        """Whether layers account for all parameters, by a trial on two samples against the loop."""
+        """The way to go: layers where these account for all parameters, by a trial on two samples against the loop."""
         if way in ("loop", "vmap"):
             return way
-        if (size := self.size(batch)) == 1:  # which tells nothing, and is the same
+        if (size := self.size(batch)) == 1:  # a trial would prove nothing, and the loop is as fast
             return "loop"
         batch = _cut(batch, 0, 2, size)
 
@@ -108,9 +99,9 @@ class SquaredGradients:
             if not missing:
                 return "layers"
         if way == "layers":
-            raise ValueError(f"no known layer accounts for {some(missing)}; take way='loop'")
+            raise ValueError(f"no known layer accounts for {some(missing)}; use way='loop'")
         if next(iter(self.parameters.values())).device.type != "cpu":
-            with contextlib.suppress(RuntimeError):  # torch.func knows not everything
+            with contextlib.suppress(RuntimeError):  # torch.func does not support everything
                 self.add_vmap(batch, vectors, expected)
                 return "vmap"
         say("EWC: no known layer accounts for %s: per-sample gradients one by one", some(missing))
@@ -127,7 +118,9 @@ class SquaredGradients:
         for row in range(size):
             z = self.checked(_cut(batch, row, row + 1, size))
             if len(z) != 1:
-                raise TypeError(f"a batch of 1 gave {len(z)} rows of logits; batches must hold samples first")
+                raise TypeError(
+                    f"a batch of 1 gave {len(z)} rows of logits; the first dimension of batches must be the samples"
+                )
             for v in vectors(z, slice(row, row + 1)):
                 gradients = torch.autograd.grad(z, parameters, v, retain_graph=True, allow_unused=True)
                 used = [(totals[name], g) for name, g in zip(self.parameters, gradients, strict=True) if g is not None]
@@ -167,9 +160,9 @@ class SquaredGradients:
         size, trial = self.size(batch), self.path is None
         calls: list[_Call] = []
         try:
-            with self.noted(size, calls):
+            with self.recorded(size, calls):
                 z = self.checked(batch)
-        except Exception:  # if it is not of the copies, the loop meets it again
+        except Exception:  # if the copies did not cause it, the loop meets it again
             if trial:
                 raise
             calls = []
@@ -182,18 +175,18 @@ class SquaredGradients:
         for v in vectors(z, slice(0, size)):
             edges = cast(list[Tensor], [call.at for call in calls])
             gradients = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True)
-            uses: dict[str, list[_Use]] = {}
+            uses: dict[str, list[Use]] = {}
             for call, g in zip(calls, gradients, strict=True):
                 if g is not None:
                     x, g = (t.reshape(size, -1, *t.shape[1:]) for t in (call.x, g))
                     for key, name in call.names.items():
                         uses.setdefault(name, []).append((call.layer, key, x, g))
             for name, used in uses.items():
-                _add_squares(used, totals[name])
+                add_squares(used, totals[name])
 
     @contextlib.contextmanager
-    def noted(self, size: int, calls: list[_Call]) -> Iterator[None]:
-        """Meanwhile layers note their calls, and each sample has its own copy of the other parameters."""
+    def recorded(self, size: int, calls: list[_Call]) -> Iterator[None]:
+        """During it layers record their calls, and each sample has its own copy of the other parameters."""
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
@@ -233,7 +226,7 @@ class SquaredGradients:
 
 @contextlib.contextmanager
 def _swapped(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Modules have other tensors in the place of parameters, and then their own again."""
+    """Other tensors take the place of modules' parameters during it."""
     own = [(module, key, module._parameters[key]) for module, key, _ in tensors]
     try:
         for module, key, t in tensors:
@@ -249,114 +242,14 @@ def zeros_like(parameters: Parameters, taps_first: bool = False) -> dict[str, Te
     zeros = {}
     for name, p in parameters.items():
         order = [2, 3, 0, 1] if taps_first and p.dim() == 4 else list(range(p.dim()))
-        zeros[name] = torch.zeros([p.shape[d] for d in order], dtype=wide_dtype(p.dtype), device=p.device).permute(
-            order
-        )
+        ordered = torch.zeros([p.shape[d] for d in order], dtype=wide_dtype(p.dtype), device=p.device)
+        zeros[name] = ordered.permute(order)
     return zeros
-
-
-def _add_squares(uses: Sequence[_Use], total: Tensor) -> None:
-    """Adds one parameter's squares, from all its uses."""
-    layer, key, x, g = uses[0]
-    convolution = key == "weight" and isinstance(layer, CONVOLUTIONS)
-    # Tap by tap pays off where maps are small; elsewhere on a CPU one gradient at a time stays in its cache.
-    small = convolution and (g.device.type != "cpu" or g[0, :, 0].numel() <= x.shape[2])
-    if len(uses) > 1 or (convolution and not (small and isinstance(layer, nn.Conv2d) and layer.groups == 1)):
-        for row in range(len(g)):  # what is used more than once is summed before it is squared
-            parts = [_gradients(layer, key, x[row, None], g[row, None], total.shape) for layer, key, x, g in uses]
-            of_sample = functools.reduce(torch.add, parts)[0]
-            total.addcmul_(of_sample, of_sample)
-    elif convolution:
-        _add_taps(layer, x, g, total)
-    elif key == "weight" and isinstance(layer, nn.Linear):
-        _add_products(g.flatten(1, -2), x.flatten(1, -2), total)
-    elif isinstance(layer, nn.Embedding):
-        _add_rows(layer, x.flatten(1), g.flatten(1, -2), total)
-    else:
-        total += _gradients(layer, key, x, g, total.shape).square().sum(0)
-
-
-def _gradients(layer: Any, key: str, x: Tensor, g: Tensor, shape: torch.Size) -> Tensor:
-    """Per-sample gradients `(batch, *shape)` of a layer's parameter.
-
-    From x, its input, and g, the gradient of its output: `(batch, rows, ...)`, mostly with one row per sample.
-    """
-    if layer is None:
-        return g.reshape(len(g), *shape)
-    if key == "weight" and isinstance(layer, nn.Linear):
-        return torch.bmm(g.flatten(1, -2).mT, x.flatten(1, -2))
-    if isinstance(layer, nn.Embedding):
-        found = g.new_zeros(len(g), *shape)
-        for of_sample, at, values in zip(found, x.flatten(1), g.flatten(1, -2), strict=True):
-            of_sample.index_add_(0, at, values)
-        if layer.padding_idx is not None:
-            found[:, layer.padding_idx] = 0
-        return found
-    if key == "weight" and isinstance(layer, CONVOLUTIONS):
-        backward: Any = (conv1d_weight, conv2d_weight, conv3d_weight)[len(shape) - 3]
-        how = layer.stride, _padding(layer), layer.dilation, layer.groups
-        return torch.stack([backward(x1, shape, g1, *how) for x1, g1 in zip(x, g, strict=True)])
-    t = (g * x if key == "weight" else g).flatten(0, 1)
-    if t.dim() > 2 and not (isinstance(layer, LAST) and t.shape[-len(shape) :] == shape):
-        t = t.flatten(2).sum(2)
-    return t.reshape(len(g), -1, *shape).sum(1)
-
-
-def _add_products(g: Tensor, x: Tensor, total: Tensor) -> None:
-    """Adds the sum over samples of (g^T x)^2: g `(batch, positions, out)`, x `(batch, positions, in)`."""
-    if g.shape[1] == 1:
-        total.addmm_(g[:, 0].square().T, x[:, 0].square())
-        return
-    step = max(1, (SQUARES if g.device.type == "cpu" else 1 << 26) // total.numel())
-    products = total.new_empty(min(step, len(g)), *total.shape)
-    for some_g, some_x in zip(torch.split(g, step), torch.split(x, step), strict=True):
-        found = torch.bmm(some_g.mT, some_x, out=products[: len(some_g)])
-        if step == 1:
-            total.addcmul_(found[0], found[0])
-        else:
-            total += found.square_().sum(0)
-
-
-def _add_taps(layer: Any, x: Tensor, g: Tensor, total: Tensor) -> None:
-    """Adds a convolution's squares tap by tap: products of matrices, at the outputs whose inputs are no padding."""
-    size, (height, width) = len(g), total.shape[2:]
-    g, x = (t.flatten(0, 1).permute(0, 2, 3, 1).contiguous() for t in (g, x))
-    axes = list(zip(g.shape[1:], x.shape[1:], layer.stride, layer.dilation, _padding(layer), strict=False))
-    for tap in itertools.product(range(height), range(width)):
-        given, seen = [], []
-        for at, (outputs, inputs, stride, dilation, padding) in zip(tap, axes, strict=True):
-            offset = at * dilation - padding
-            first = max(0, -(offset // stride))
-            count = max(0, min(outputs, (inputs - 1 - offset) // stride + 1) - first)
-            begin = first * stride + offset
-            given.append(slice(first, first + count))
-            seen.append(slice(begin, begin + count * stride, stride))
-        some_g, some_x = g[:, given[0], given[1]], x[:, seen[0], seen[1]]
-        if some_x.numel():
-            of_tap = total[:, :, tap[0], tap[1]]
-            _add_products(some_g.reshape(size, -1, g.shape[3]), some_x.reshape(size, -1, x.shape[3]), of_tap)
-
-
-def _padding(layer: Any) -> Sequence[int]:
-    if not isinstance(layer.padding, str):
-        return cast(Sequence[int], layer.padding)
-    whole = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return [each // 2 if layer.padding == "same" else 0 for each in whole]
-
-
-def _add_rows(layer: nn.Embedding, indices: Tensor, g: Tensor, total: Tensor) -> None:
-    """Adds an embedding's squares; a row that comes up twice in a sample is summed before it is squared."""
-    if layer.padding_idx is not None:
-        g = g.masked_fill((indices == layer.padding_idx).unsqueeze(2), 0)
-    samples = torch.arange(len(g), device=g.device).unsqueeze(1)
-    pairs, place = torch.unique(samples * len(total) + indices, return_inverse=True)
-    sums = g.new_zeros(len(pairs), g.shape[2]).index_add_(0, place.flatten(), g.flatten(0, 1))
-    total.index_add_(0, pairs % len(total), sums.square_())
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in float32 or 64, without autocast or compiling; all as before afterwards."""
+    """Evaluation mode, in float32 or 64, without autocast or compiling; all is restored afterwards."""
     modes = {part: part.training for part in module.modules()}
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device.type if tensors else "cpu"
@@ -394,7 +287,7 @@ def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
 
 
 def check_logits(z: Any) -> Tensor:
-    """Refuse what are no logits `(batch, classes)`, or hang on no trained parameter."""
+    """Refuse what are no logits `(batch, classes)`, or depend on no trained parameter."""
     if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[1] < 2:
         found = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f"expected logits of shape (batch, classes) with 2 classes or more, received {found}")

@@ -1,4 +1,4 @@
-"""Two runs compared on one page."""
+"""Runs compared on one page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .outputs import Predictions, load_predictions
 from .page import template, write_page
 from .paired import mcnemar, paired
 
-SHOWN = 20  # samples that two runs judge differently
+SHOWN = 20  # samples that one run gets right and the other wrong
 
 
 def main(runs: Sequence[Path], target: Path | None = None) -> Path:
@@ -28,7 +28,7 @@ def main(runs: Sequence[Path], target: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: A folder without a report.
-        ValueError: Runs that judged other samples.
+        ValueError: Runs that were evaluated on other samples.
     """
     reports = [read(run) for run in runs]
     if len(runs) == 1:
@@ -51,14 +51,13 @@ def read(run: Path) -> dict[str, Any]:
 
 def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
     """The page that holds runs, called A, B and so on, against the first of them, on the same samples."""
-    made = [judged(run, report) for run, report in zip(runs, reports, strict=True)]
+    made = [predictions_of(run, report) for run, report in zip(runs, reports, strict=True)]
     first = made[0]
     for run, report, other in zip(runs, reports, made, strict=True):
-        apart = difference(reports[0], first, report, other)
-        if apart:
+        if apart := difference(reports[0], first, report, other):
             raise ValueError(
-                f"{run} and {runs[0]} judged other samples ({len(other.labels)} and {len(first.labels)}), or their "
-                f"labels differ: {apart}; compare runs with the same data, seed and split"
+                f"{run} and {runs[0]} were evaluated on other samples ({len(other.labels)} and {len(first.labels)}), "
+                f"or their labels differ: {apart}; compare runs with the same data, seed and split"
             )
     rows = []
     for place, (run, report) in enumerate(zip(runs, reports, strict=True)):
@@ -73,12 +72,11 @@ def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
             "changes": changed(reports[0]["config"], report["config"]),
         }
         if first.kind == "classes":
-            right, base = (found.logits.argmax(1) == found.labels for found in (made[place], first))
-            p = mcnemar(base, right)
-            figured[0]["p"] = p
-            row |= {"p": p, "ece": report["evaluation"]["calibration"]["error"]}
-            row["only_first"] = differing(first, made[place], base & ~right, report["class_names"])
-            row["only_this"] = differing(first, made[place], right & ~base, report["class_names"])
+            correct, base = (found.logits.argmax(1) == found.labels for found in (made[place], first))
+            figured[0]["p"] = mcnemar(base, correct)
+            row |= {"p": figured[0]["p"], "ece": report["evaluation"]["calibration"]["error"]}
+            row["only_first"] = differing(first, made[place], base & ~correct, report["class_names"])
+            row["only_this"] = differing(first, made[place], correct & ~base, report["class_names"])
         row["words"] = [gain_in_words(report["run"], figure) for figure in figured] if place else []
         rows.append(row)
     page = template("comparison.html")
@@ -86,9 +84,9 @@ def compare(runs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> str:
 
 
 def difference(one: Mapping[str, Any], first: Predictions, report: Mapping[str, Any], other: Predictions) -> str | None:
-    """In what two runs did not judge the same; nothing where they did."""
+    """Why two runs cannot be compared; None where they can."""
     if one["split"] != report["split"]:
-        return f"one judged {report['split']}, the other {one['split']}"
+        return f"one was evaluated on {report['split']}, the other on {one['split']}"
     if first.kind != other.kind or first.logits.shape[1:] != other.logits.shape[1:]:
         return f"one predicts {other.kind} ({other.logits.shape[1]}), the other {first.kind} ({first.logits.shape[1]})"
     if first.kind != "scores" and one["class_names"] != report["class_names"]:
@@ -107,7 +105,7 @@ def difference(one: Mapping[str, Any], first: Predictions, report: Mapping[str, 
 
 
 def gain_in_words(name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether a run is better than the first by a figure: a word, and the numbers behind it."""
+    """Whether a run is better than the first by a figure: words, and the numbers behind them."""
     (low, high), share = figure["interval"], figure["name"] in ("accuracy", "every label right")
     better, worse = (low > 0, high < 0) if figure["rises"] else (high < 0, low > 0)
     if "p" in figure:  # an exact test knows more than an interval
@@ -120,16 +118,15 @@ def gain_in_words(name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": name, "words": words, "by": by}
 
 
-def judged(run: Path, report: Mapping[str, Any]) -> Predictions:
-    """What a run said of each sample."""
+def predictions_of(run: Path, report: Mapping[str, Any]) -> Predictions:
+    """A run's predictions with finite logits."""
     path = run / "predictions" / f"{report['split']}.safetensors"
     evaluated = any(report.get(kind) for kind in ("evaluation", "labels", "scores"))
     if not evaluated or not path.is_file():
         raise FileNotFoundError(f"no {path}: only runs with their predictions beside the report can be compared")
     found = load_predictions(path)
     assert found is not None
-    finite = found.logits.isfinite().all(1)  # a fit's are kept as they were
-    return found.part(finite)
+    return found.part(found.logits.isfinite().all(1))  # a fit's are saved as they were
 
 
 def changed(first: str | None, other: str | None) -> str:
@@ -143,15 +140,11 @@ def differing(
 ) -> dict[str, Any]:
     """Samples that one run gets right and the other wrong: how many, and the first of them."""
     places, named = chosen.nonzero().flatten().tolist(), first._replace(names=shortened(first.names))
+    answers = {"label": first.labels, "first": first.logits.argmax(1), "other": other.logits.argmax(1)}
     return {
         "count": len(places),
         "samples": [
-            {
-                "name": sample_name(named, place),
-                "label": class_names[int(first.labels[place])],
-                "first": class_names[int(first.logits[place].argmax())],
-                "other": class_names[int(other.logits[place].argmax())],
-            }
+            {"name": sample_name(named, place)} | {key: class_names[int(of[place])] for key, of in answers.items()}
             for place in places[:SHOWN]
         ],
     }

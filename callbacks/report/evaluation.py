@@ -1,4 +1,4 @@
-"""How good a classifier is, and how sure one can be of it: plain functions of logits and labels.
+"""How good a classifier is, and how certain that is: plain functions of logits and labels.
 
 No function here draws from torch's global generator. Shapes: `(n,)` for labels and predictions, `(n, classes)` for
 logits, counts as int64.
@@ -7,31 +7,26 @@ logits, counts as int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from statistics import NormalDist
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts, `(classes, classes)`: rows are the true classes, columns the predicted ones."""
-    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
-
+from .intervals import Statistic, bca, bootstrap, mean_with_interval, wilson, within_bounds
 
 MOST_FITTED = 10_000  # samples that a temperature is fitted on
 HIGHEST = 20.0  # temperature
-AT_ONCE = 1_000_000  # rows of a bootstrap in memory
-MOST_POINTS = 1000  # samples of a picture of scores
+MOST_POINTS = 1000  # samples of a figure of scores
 THRESHOLDS = [n / 20 for n in range(1, 20)]  # of a label's probability
 
 
-Statistic: TypeAlias = Callable[[Tensor], Tensor]  # of rows, `(some, n)`, the values, `(some,)`
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Counts, `(classes, classes)`: rows are the true classes, columns the predicted ones."""
+    return confusions((labels * classes + predicted)[None], classes)[0]
 
 
 class ClassScores(NamedTuple):
-    """Of each class, `(classes,)`; a score that has no samples to be taken of is 0."""
+    """Of each class, `(classes,)`; 0 where undefined."""
 
     precision: Tensor
     recall: Tensor
@@ -41,12 +36,10 @@ class ClassScores(NamedTuple):
 
 def class_scores(confusion: Tensor) -> ClassScores:
     """Precision, recall, F1 and number of samples of each class; `(..., classes, classes)` gives `(..., classes)`."""
-    right = confusion.diagonal(dim1=-2, dim2=-1).double()
-    support, claimed = confusion.sum(-1), confusion.sum(-2)
-    precision = torch.where(claimed > 0, right / claimed.clamp(min=1), 0.0)
-    recall = torch.where(support > 0, right / support.clamp(min=1), 0.0)
-    f1 = torch.where(support + claimed > 0, 2 * right / (support + claimed).clamp(min=1), 0.0)
-    return ClassScores(precision, recall, f1, support)
+    correct = confusion.diagonal(dim1=-2, dim2=-1).double()  # 0 where a sum below is
+    support, predicted = confusion.sum(-1), confusion.sum(-2)
+    f1 = 2 * correct / (support + predicted).clamp(min=1)
+    return ClassScores(correct / predicted.clamp(min=1), correct / support.clamp(min=1), f1, support)
 
 
 def accuracy(confusion: Tensor) -> Tensor:
@@ -55,47 +48,19 @@ def accuracy(confusion: Tensor) -> Tensor:
 
 
 def macro_f1(confusion: Tensor) -> Tensor:
-    """The mean F1 of the classes that are there or were predicted; `(..., classes, classes)` gives `(...)`."""
+    """The mean F1 of the classes that occur or were predicted; `(..., classes, classes)` gives `(...)`."""
     scores = class_scores(confusion)
     present = (confusion.sum(-1) + confusion.sum(-2)) > 0
     return scores.f1.sum(-1) / present.sum(-1).clamp(min=1)
 
 
 def worst_pairs(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:
-    """True class, predicted class and count of what is most often taken for something else."""
+    """True class, predicted class and count of the most frequent confusions."""
     wrong = confusion.clone().fill_diagonal_(0)
     counts, cells = wrong.flatten().sort(descending=True, stable=True)
     width = len(confusion)
     chosen = zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
     return [(cell // width, cell % width, count) for cell, count in chosen if count]
-
-
-def wilson(right: float, size: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); of all or nothing the exact one (Clopper & Pearson 1934).
-
-    Its exact coverage at 0.95 lies within 0.944 and 0.974 for shares of 0.5, 0.9 and 0.99 of 30, 200 and 2,000 samples;
-    of the intervals in use (Jeffreys, Agresti-Coull, Clopper-Pearson, mid-p) none stays as near to 0.95.
-    """
-    if not 0 < right < size:
-        bound = ((1 - level) / 2) ** (1 / size)
-        return (bound, 1.0) if right else (0.0, 1 - bound)
-    z, share = NormalDist().inv_cdf((1 + level) / 2), right / size
-    middle, half = share + z * z / (2 * size), z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
-    return (middle - half) / (1 + z * z / size), (middle + half) / (1 + z * z / size)
-
-
-def bootstrap(statistic: Statistic, size: int, *, draws: int = 1000, seed: int = 0) -> Tensor:
-    """A statistic of samples drawn with replacement, again and again, `(draws,)` (Efron & Tibshirani 1993).
-
-    Args:
-        statistic: Of rows, `(some, size)`, the values, `(some,)`.
-        size: How many samples there are.
-        draws: How often as many are drawn.
-        seed: Of the draws.
-    """
-    generator, at_once = torch.Generator().manual_seed(seed), max(1, min(100, AT_ONCE // size))
-    shapes = ((min(at_once, draws - start), size) for start in range(0, draws, at_once))
-    return torch.cat([statistic(torch.randint(size, shape, generator=generator)).double() for shape in shapes])
 
 
 def confusions(cells: Tensor, classes: int) -> Tensor:
@@ -104,57 +69,8 @@ def confusions(cells: Tensor, classes: int) -> Tensor:
     return torch.bincount(places.flatten(), minlength=len(cells) * classes**2).view(-1, classes, classes)
 
 
-def bca(drawn: Tensor, value: float, influence: Tensor | None, level: float = 0.95) -> tuple[float, float] | None:
-    """Bias-corrected, accelerated interval (Efron 1987): near a bound it is as lopsided as the draws are.
-
-    Args:
-        drawn: The statistic of each draw, `(draws,)`.
-        value: The statistic itself.
-        influence: How far each sample moves it, up to a factor, `(n,)`; where none does, there is no interval. If not
-            given, the interval is corrected for bias alone.
-        level: Share of the statistic's values that the interval is to hold.
-    """
-    drawn, acceleration = drawn[drawn.isfinite()], 0.0
-    if influence is not None:
-        spread = float(influence.double().square().sum())
-        if spread <= 0:
-            return None
-        acceleration = float(influence.double().pow(3).sum()) / (6 * spread**1.5)
-    if not len(drawn):
-        return None
-    near = 1e-12 * max(1.0, abs(value))  # sums in another order
-    below = float((drawn < value - near).double().mean() + ((drawn - value).abs() <= near).double().mean() / 2)
-    normal, least = NormalDist(), 0.5 / len(drawn)
-    bias = normal.inv_cdf(min(max(below, least), 1 - least))
-    marks = []
-    for share in ((1 - level) / 2, (1 + level) / 2):
-        moved = bias + normal.inv_cdf(share)
-        marks.append(normal.cdf(bias + moved / (1 - acceleration * moved)))
-    low, high = drawn.quantile(torch.tensor(marks, dtype=torch.double)).tolist()
-    return low, high
-
-
-def within_bounds(drawn: Tensor, value: float, influence: Tensor) -> tuple[float, float] | None:
-    """BCa interval of a share that is no mean, as F1; an end at 0 or 1 gives way to Wilson's.
-
-    After two mistakes one draw in seven has none, and so the interval would reach up to 1. Wilson's is of as many
-    samples as have a share of the same variance.
-
-    Args:
-        drawn: The share in each draw, `(draws,)`.
-        value: The share itself.
-        influence: How far it moves with each sample, `(n,)`.
-    """
-    found, variance = bca(drawn, value, influence), float(influence.double().square().sum())
-    if found is None or not 0 < value < 1:
-        return found
-    size = value * (1 - value) / variance
-    low, high = wilson(value * size, size)
-    return (found[0] if found[0] > 0 else low), (found[1] if found[1] < 1 else high)
-
-
 def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int = 1000) -> tuple[float, float] | None:
-    """BCa interval of macro F1; none where all samples count alike, as without a mistake."""
+    """BCa interval of macro F1; None where all samples count alike, as without a mistake."""
     cells = labels * classes + predicted
     confusion = confusions(cells[None], classes)[0]
     size = (confusion.sum(0) + confusion.sum(1)).clamp(min=1).double()  # twice the F1's denominator
@@ -166,9 +82,9 @@ def f1_interval(labels: Tensor, predicted: Tensor, classes: int, *, draws: int =
 
 
 class Calibration(NamedTuple):
-    """How sure predictions are, and how often they are right; a row for each bin of probability."""
+    """Confidence and accuracy of predictions, by bins of probability."""
 
-    error: float  # expected calibration error: the mean distance of the two, by samples
+    error: float  # expected calibration error: the mean distance of the two, weighted by samples
     counts: list[int]
     confidence: list[float]  # mean probability of the predicted class
     accuracy: list[float]
@@ -180,25 +96,25 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
     Args:
         probabilities: `(n, classes)`, rows that sum to 1.
         labels: `(n,)`.
-        bins: Of the predicted class's probability; one belongs to a bin that lies above its lower edge.
+        bins: Of the predicted class's probability; a bin holds its upper edge.
     """
     confidence, predicted = probabilities.double().max(1)
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     count = torch.bincount(place, minlength=bins)
     mean = torch.bincount(place, weights=confidence, minlength=bins) / count.clamp(min=1)
-    right = torch.bincount(place, weights=(predicted == labels).double(), minlength=bins) / count.clamp(min=1)
-    error = float(((mean - right).abs() * count).sum() / count.sum())
-    return Calibration(error, count.tolist(), mean.tolist(), right.tolist())
+    share = torch.bincount(place, weights=(predicted == labels).double(), minlength=bins) / count.clamp(min=1)
+    error = float(((mean - share).abs() * count).sum() / count.sum())
+    return Calibration(error, count.tolist(), mean.tolist(), share.tolist())
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What to divide logits by so that probabilities are as they should be (Guo et al. 2017).
+    """The number to divide logits by for the best calibration (Guo et al. 2017).
 
-    The loss is convex in 1 / temperature, so halving an interval finds it, on 10,000 samples at most. The answer lies
-    within 0.05 and 20; at either end there is no best one.
+    The loss is convex in 1 / temperature, so bisection finds it, on 10,000 samples at most. It lies within 0.05 and
+    20; at either end there is no best one.
 
     Args:
-        logits: `(n, classes)`, of samples that were not trained on.
+        logits: `(n, classes)`, of held-out samples.
         labels: `(n,)`.
     """
     if len(labels) > MOST_FITTED:
@@ -231,12 +147,12 @@ def nearest_centre(features: Tensor, centres: Tensor) -> Tensor:
 
 
 def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
-    """Everything that a report says of one set of predictions, as plain values.
+    """Everything that a report says about predicted classes, as plain values.
 
     Args:
         logits: `(n, classes)`.
         labels: `(n,)`.
-        held_out: Logits and labels to fit the temperature on, other samples than these.
+        held_out: Logits and labels of other samples, to fit the temperature on.
     """
     classes = logits.shape[1]
     predicted = logits.argmax(1)
@@ -244,12 +160,12 @@ def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor
     scores = class_scores(confusion)
     found = calibration(logits.double().softmax(1), labels)
     loss = torch.nn.functional.cross_entropy(logits.double(), labels)
-    found_right = int((predicted == labels).sum())
+    correct_count = int((predicted == labels).sum())
     majority = int(scores.support.argmax())
     out: dict[str, Any] = {
         "samples": len(labels),
         "loss": float(loss),
-        "accuracy": {"value": float(accuracy(confusion)), "interval": wilson(found_right, len(labels))},
+        "accuracy": {"value": float(accuracy(confusion)), "interval": wilson(correct_count, len(labels))},
         "f1": {"value": float(macro_f1(confusion)), "interval": f1_interval(labels, predicted, classes)},
         "majority": {"class": majority, "accuracy": int(scores.support[majority]) / len(labels)},
         "classes": {name: values.tolist() for name, values in scores._asdict().items()},
@@ -268,11 +184,8 @@ def spearman(codes: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """Spearman's rank correlation of samples; nan where one of the two is constant.
 
     Args:
-        codes: Of two values of each sample which in their order they are, `(n,)`; equal ones are one.
-        rows: Which samples, `(some, n)`.
-
-    Returns:
-        `(some,)`.
+        codes: `in_order` of two values of each sample.
+        rows: Which samples, `(some, n)`; gives `(some,)`.
     """
     ranks = []
     for code in codes:
@@ -287,39 +200,32 @@ def spearman(codes: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
 
 
 def in_order(values: Tensor) -> Tensor:
-    """Which in the order of all values each is, `(n,)`; equal ones are one."""
+    """Place of each value in the order of all distinct values, `(n,)`."""
     order = torch.unique(values, return_inverse=True)[1]  # type: ignore[no-untyped-call]
     return torch.as_tensor(order)
 
 
-def of_mean(values: Tensor) -> dict[str, Any]:
-    """The mean of a value of each sample, `(n,)`, and its interval."""
-    values = values.double()
-    drawn = bootstrap(lambda rows: values[rows].mean(1), len(values))
-    return {"value": float(values.mean()), "interval": bca(drawn, float(values.mean()), values - values.mean())}
-
-
 def score_evaluation(predicted: Tensor, labels: Tensor, *, mean: float | None = None) -> dict[str, Any]:
-    """Everything that a report says of predicted scores, as plain values.
+    """Everything that a report says about predicted scores, as plain values.
 
     Args:
         predicted: `(n,)`.
         labels: `(n,)`.
-        mean: Of the training labels, the answer of one who knows nothing else; if not given, the mean of these labels.
+        mean: Of the training labels, the constant baseline; the mean of these labels if not given.
     """
     predicted, labels = predicted.double(), labels.double()
     codes, rows = (in_order(predicted), in_order(labels)), torch.arange(len(labels))[None]
     rank = float(spearman(codes, rows))
     constant = float(labels.mean()) if mean is None else mean
-    off = predicted - labels
+    errors = predicted - labels
     drawn = bootstrap(lambda rows: spearman(codes, rows), len(labels)) if math.isfinite(rank) else None
     some = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:MOST_POINTS].sort().values
     return {
         "samples": len(labels),
         "spearman": None if drawn is None else {"value": rank, "interval": bca(drawn, rank, None)},
-        "mae": of_mean(off.abs()),
-        "mse": of_mean(off.square()),
-        "bias": of_mean(off),
+        "mae": mean_with_interval(errors.abs()),
+        "mse": mean_with_interval(errors.square()),
+        "bias": mean_with_interval(errors),
         "constant": {
             "value": constant,
             "of": "these" if mean is None else "training",
@@ -330,13 +236,13 @@ def score_evaluation(predicted: Tensor, labels: Tensor, *, mean: float | None = 
     }
 
 
-def label_counts(said: Tensor, labels: Tensor) -> Tensor:
-    """Rightly said, wrongly said and missed ones, `(3, n, labels)`, of truth values `(n, labels)`."""
-    return torch.stack([said & labels, said & ~labels, ~said & labels]).double()
+def label_counts(predicted: Tensor, labels: Tensor) -> Tensor:
+    """True positives, false positives and false negatives, `(3, n, labels)`, of truth values `(n, labels)`."""
+    return torch.stack([predicted & labels, predicted & ~labels, ~predicted & labels]).double()
 
 
 def label_f1(counts: Tensor, *, micro: bool) -> Tensor:
-    """F1 of all labels at once, or the mean of those that are there or were said; of counts `(..., 3, labels)`."""
+    """F1 of all labels at once, or the mean of those that occur or were predicted; of counts `(..., 3, labels)`."""
     right, wrong, missed = (counts.sum(-1, keepdim=True) if micro else counts).unbind(-2)
     size = 2 * right + wrong + missed
     return (2 * right / size.clamp(min=1)).sum(-1) / (size > 0).sum(-1).clamp(min=1)
@@ -366,22 +272,22 @@ def drawn_label_f1(counts: Tensor, *, micro: bool) -> Statistic:
 
 
 def best_constant(labels: Tensor) -> dict[str, Any]:
-    """The labels that, said of every sample, have the highest micro F1; truth values `(n, labels)`."""
+    """The labels that, predicted for every sample, have the highest micro F1; truth values `(n, labels)`."""
     support, order = labels.sum(0).double().sort(descending=True, stable=True)
-    said = torch.arange(1, len(support) + 1) * len(labels)
-    f1 = 2 * support.cumsum(0) / (said + support.sum()).clamp(min=1)
+    predicted = torch.arange(1, len(support) + 1) * len(labels)
+    f1 = 2 * support.cumsum(0) / (predicted + support.sum()).clamp(min=1)
     return {"labels": order[: int(f1.argmax()) + 1].tolist(), "f1": float(f1.max())}
 
 
 def label_evaluation(
     logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Everything that a report says of several labels a sample, as plain values; a label is said above one half.
+    """Everything that a report says about several labels per sample, as plain values; the threshold is one half.
 
     Args:
         logits: `(n, labels)`.
         labels: 0 or 1, `(n, labels)`.
-        held_out: Logits and labels to find each label's threshold on, other samples than these.
+        held_out: Logits and labels of other samples, to choose each label's threshold on.
     """
     probabilities, truth = logits.double().sigmoid(), labels > 0.5
     counts = label_counts(probabilities > 0.5, truth)

@@ -1,4 +1,4 @@
-"""What can be known of a run from its trainer, module and data module, whatever these are."""
+"""Facts about a run from its trainer, module and data module, whatever these are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,26 +25,26 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def spared(what: str) -> Iterator[None]:
-    """A run is not lost because something of its report cannot be made: it is said, and left out."""
+def warn_on_error(what: str) -> Iterator[None]:
+    """An error in a part of the report costs that part, with a warning, not the run."""
     try:
         yield
     except Exception as error:
-        log.warning("report: %s is left out: %s: %s", what, type(error).__name__, error, exc_info=log.isEnabledFor(10))
+        log.warning("report: %s is omitted: %s: %s", what, type(error).__name__, error, exc_info=log.isEnabledFor(10))
 
 
-def spread(labels: Tensor, most: int) -> Tensor:
-    """Rows of at most so many samples, as equally many of each class as there are; `(n,)`, ascending."""
+def balanced_subset(labels: Tensor, most: int) -> Tensor:
+    """Rows of at most `most` samples, equally many of each class as far as there are; `(n,)`, ascending."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    seen: dict[int, int] = {}
-    turn = []
+    seen: Counter[int] = Counter()
+    turn = []  # which of its class a sample is
     for label in labels[order].tolist():
-        turn.append(seen.get(label, 0))
-        seen[label] = turn[-1] + 1
+        turn.append(seen[label])
+        seen[label] += 1
     return order[torch.tensor(turn).argsort(stable=True)[:most]].sort().values
 
 
-def grouped(groups: Sequence[dict[str, Any]]) -> dict[str, tuple[list[nn.Parameter], dict[str, Any]]]:
+def groups_by_block(groups: Sequence[dict[str, Any]]) -> dict[str, tuple[list[nn.Parameter], dict[str, Any]]]:
     """Parameters and first group of each block; `body/no_decay` belongs to `body`."""
     found: dict[str, tuple[list[nn.Parameter], dict[str, Any]]] = {}
     for number, group in enumerate(groups):
@@ -53,7 +54,7 @@ def grouped(groups: Sequence[dict[str, Any]]) -> dict[str, tuple[list[nn.Paramet
 
 
 def is_better(score: float | None, best: float | None, mode: str) -> bool:
-    """Whether a score replaces the best: the newest does where there is none, and a number that isn't one never."""
+    """Whether a score replaces the best one: always where there is no metric, never if it is NaN."""
     if score is None or best is None:
         return True
     if math.isnan(score) or math.isnan(best):
@@ -62,21 +63,21 @@ def is_better(score: float | None, best: float | None, mode: str) -> bool:
 
 
 def number_or_none(value: Any) -> float | None:
-    """A finite number, or nothing: JSON knows no other."""
+    """A finite number, or None: JSON has no others."""
     return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
-def plain(value: Any) -> Any:
-    """The same with nothing in it that JSON does not know."""
+def as_json(value: Any) -> Any:
+    """The same as plain values that JSON has."""
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): as_json(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [as_json(one) for one in value]
     return number_or_none(value) if isinstance(value, float) else value
 
 
 def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
-    """Those of the data module, if there are as many as the net has outputs; else numbers; of scores none."""
+    """The data module's, if there are as many as the net has outputs; else numbers; for scores none."""
     if found is not None and found.kind == "scores":
         return []
     names, wanted = getattr(data, "class_names", None), None if found is None else found.logits.shape[1]
@@ -86,7 +87,7 @@ def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Names as they are; whole paths without the folder that all of them lie in."""
+    """Names; absolute paths without the folder that they share."""
     if not names or not all(map(os.path.isabs, names)):
         return list(names)
     if len(set(names)) == 1:
@@ -99,13 +100,13 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 
 def sample_name(found: Predictions, place: int) -> str:
-    """What a sample is called: by the data module, else by its row, else by the order in which samples came."""
+    """A sample's name by the data module, else its row, else its position."""
     row = int(found.rows[place])
     return found.names[place] if found.names else f"sample {row if row >= 0 else place}"
 
 
 def training_mean(data: Any) -> float | None:
-    """Of the scores that were trained on, where the data module has them at hand."""
+    """Mean of the training scores, where the data module has them at hand."""
     splits = getattr(data, "splits", None)
     labels = getattr(splits.get("train"), "labels", None) if isinstance(splits, Mapping) else None
     if not isinstance(labels, Tensor) or labels.ndim != 1 or not labels.is_floating_point():
@@ -113,31 +114,31 @@ def training_mean(data: Any) -> float | None:
     return number_or_none(labels.nanmean())
 
 
-def existing(commands: Any) -> Any:
-    """Commands without those that start from a checkpoint that was never written."""
+def runnable_commands(commands: Any) -> Any:
+    """Commands without those that name a checkpoint that does not exist."""
     if not isinstance(commands, Mapping):
         return commands
-    words = {what: [word for word in str(line).split() if word.endswith(".ckpt")] for what, line in commands.items()}
-    return {
-        what: line
-        for what, line in commands.items()
-        if all("://" in word or Path(word).is_file() for word in words[what])
-    }
+
+    def is_runnable(command: str) -> bool:
+        paths = [word for word in command.split() if word.endswith(".ckpt") and "://" not in word]
+        return all(Path(path).is_file() for path in paths)
+
+    return {name: command for name, command in commands.items() if is_runnable(str(command))}
 
 
-def samples_of(batch: Any) -> int:
-    """How many samples a batch has: the length of its first tensor."""
+def batch_size(batch: Any) -> int:
+    """Length of a batch's first tensor."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 0)
 
 
-def logged(trainer: Trainer) -> dict[str, float]:
-    """Every number that the module has logged, without those of single classes."""
+def logged_metrics(trainer: Trainer) -> dict[str, float]:
+    """Every metric that the module has logged, without those of single classes."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "accuracy_of/" not in name}
 
 
-def monitored(trainer: Trainer) -> tuple[str | None, str]:
-    """The metric that the first checkpoint callback with one goes by, and whether it is to rise."""
+def monitored_metric(trainer: Trainer) -> tuple[str | None, str]:
+    """Metric and mode (`min` or `max`) of the first checkpoint callback that monitors one."""
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "monitor", None):
             return callback.monitor, getattr(callback, "mode", "min")  # type: ignore[attr-defined]
@@ -145,8 +146,8 @@ def monitored(trainer: Trainer) -> tuple[str | None, str]:
 
 
 @contextmanager
-def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Evaluate for a moment: random numbers, modes and the trainer's stage are as before afterwards."""
+def preserve_state(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Evaluation mode; random state, modes and the trainer's stage are restored afterwards."""
     modes = {module: module.training for module in pl_module.modules()}
     stage, device = trainer.state.stage, pl_module.device
     trainer.state.stage = RunningStage.VALIDATING
@@ -161,7 +162,7 @@ def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held in memory; 0 where the system does not tell."""
+    """Peak memory of this process in bytes; 0 where the system does not tell."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -170,10 +171,10 @@ def peak_memory() -> int:
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """Counts per split, a digest of which sample is in which, and what was skipped, as far as the data module says."""
+    """Counts and digest of the splits, and skipped samples, as far as the data module says."""
     state: Any = {}
     if hasattr(data, "state_dict"):
-        with spared("what the data module says of itself"):
+        with warn_on_error("the data module's state"):
             state = data.state_dict()
     state = state if isinstance(state, Mapping) else {}
     counts = {name: int(count) for name, count in dict(state.get("counts") or {}).items() if name != "predict"}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 HUES = ["#3f83c8", "#d9822b", "#3f9b6c", "#c8553d", "#8d6bbd", "#7f8a94", "#b39a2f", "#3aa0a8"]  # on white and on black
 INK = "#010203"  # stands for the page's own colour
-DEEPEST = 0.5  # opacity of a full cell, on which the page's ink is read by day and by night
+DEEPEST = 0.5  # opacity of a full cell, on which the page's ink is readable in light and dark mode
 FEW = 25  # classes whose names fit beside a matrix
 
 
 def figure(width: float = 4.3, height: float = 2.7) -> tuple[Any, Any]:
-    """An empty picture in inches, and its axes, in the page's ink."""
+    """An empty figure, its size in inches, and its axes, in the page's ink."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
@@ -28,14 +28,13 @@ def figure(width: float = 4.3, height: float = 2.7) -> tuple[Any, Any]:
 
 
 def svg(made: Any) -> str:
-    """A picture as SVG to put into a page, without size and colours that the page should decide on."""
+    """A figure as SVG for a page, without the size and the colours that the page decides on."""
     import matplotlib
 
     buffer = io.StringIO()
     with inked(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # ticks are made here
         made.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"^.*?(?=<svg)", "", text, flags=re.DOTALL)
+    text = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg aria-hidden="true" \1', text, count=1)
     text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
@@ -47,53 +46,48 @@ def inked() -> Any:
     """Everything that matplotlib would draw in black, in the page's ink."""
     import matplotlib
 
-    inks: Any = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK
-    )
-    return matplotlib.rc_context(
-        inks
-        | {
-            "text.parse_math": False,
-            "font.size": 9,
-            "axes.linewidth": 0.6,
-            "lines.linewidth": 1.6,
-            "legend.frameon": False,
-        }
-    )
+    black = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    look: Any = {"text.parse_math": False, "font.size": 9, "axes.linewidth": 0.6, "lines.linewidth": 1.6}
+    return matplotlib.rc_context(look | {"legend.frameon": False} | dict.fromkeys(black, INK))
 
 
 def figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Curves of loss, metric and rates over optimiser steps, of one run or of several over each other."""
+    """Curves of loss, metric and learning rates over optimiser steps, of one run or of several over each other."""
     return [{"title": title, "svg": svg(made), "words": words} for title, made, words in curves(reports)]
 
 
 def curves(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
-    """Title, picture and words of each."""
+    """Title, figure and caption of each."""
     found = []
     with inked():
-        for name, draw in (("loss", draw_loss), ("metric", draw_metric), ("rates", draw_rates)):
-            if name == "rates" and len(reports) > 1:
+        for name, draw in (("loss", draw_loss), ("metric", draw_metric), ("lrs", draw_lrs)):
+            if name == "lrs" and len(reports) > 1:
                 continue
             made, axes = figure()
             title, words = draw(axes, reports)
             if title:
                 mark_phases(axes, reports)
                 axes.set_xlabel("optimiser step")
-                written_out(axes.xaxis)
+                plain_ticks(axes.xaxis)
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 left, right = axes.get_xlim()
                 axes.set_xlim(min(left, right - 1), right if right - left >= 1 else left + 1)
-                if name != "rates":
-                    written_out(axes.yaxis)
+                if name != "lrs":
+                    plain_ticks(axes.yaxis)
                 axes.set_title(title, loc="left", fontsize=9)
-                if axes.get_legend_handles_labels()[0]:
-                    axes.legend(fontsize=7.5, loc="best")
+                add_legend(axes)
                 found.append((title, made, words))
     return found
 
 
+def add_legend(axes: Any) -> None:
+    """A legend, where anything is labelled."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7.5, loc="best")
+
+
 def line(axes: Any, steps: Sequence[float], values: Sequence[float], **look: Any) -> None:
-    """A curve; what is a single point is drawn as one."""
+    """A curve; a single point is drawn as a dot."""
     finite = sum(value == value for value in values)
     axes.plot(steps, values, **({"marker": "o", "markersize": 3} if finite == 1 else {}) | look)
 
@@ -109,7 +103,7 @@ def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str
             axes.plot(steps, losses, color=hue, alpha=0.25, linewidth=0.8)
             line(axes, steps, smoothed(losses), color=hue, label=f"{run}training")
             words.append(f"{run}training from {number(losses[0])} to {number(losses[-1])}")
-        validated = valued(report, metric_named(report, "loss"))
+        validated = values_of(report, metric_named(report, "loss"))
         if validated:
             steps, losses = zip(*validated, strict=True)
             other = hue if run else HUES[1]
@@ -119,12 +113,12 @@ def draw_loss(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str
 
 
 def draw_metric(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The metric that the checkpoint goes by, and what the result is held against."""
+    """The metric that the checkpoint monitors, and its baselines."""
     words, name = [], ""
     for report, hue in zip(reports, HUES * len(reports), strict=False):
         run = f"{report['run']} " if len(reports) > 1 else ""
         name = (report["best"] or {}).get("monitor") or metric_named(report, "acc")
-        found = valued(report, name)
+        found = values_of(report, name)
         if not found:
             continue
         steps, values = zip(*found, strict=True)
@@ -139,8 +133,8 @@ def draw_metric(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, s
     return name if words else "", "; ".join(words)
 
 
-def valued(report: Mapping[str, Any], name: str) -> list[tuple[int, float]]:
-    """Step and value of a validation metric."""
+def values_of(report: Mapping[str, Any], name: str) -> list[tuple[int, float]]:
+    """Steps and values of a validation metric."""
     validations = report["curves"]["validations"]
     return [(v["step"], v["metrics"][name]) for v in validations if v["metrics"].get(name) is not None]
 
@@ -151,38 +145,38 @@ def metric_named(report: Mapping[str, Any], word: str) -> str:
     return next((name for name in names if word in name.lower()), "")
 
 
-def draw_rates(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Each group's learning rate; while it is frozen, thin."""
+def draw_lrs(axes: Any, reports: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Each group's learning rate; a thin line while it is frozen."""
     curves = reports[0]["curves"]
     if not curves["rates"]:
         return "", ""
-    seen = [rate for point in curves["rates"] for rate in point["lr"].values() if rate]
+    positive = [lr for point in curves["rates"] for lr in point["lr"].values() if lr]
     steps = [point["step"] for point in curves["rates"]]
     words = []
     for name, hue in zip(curves["groups"], HUES * len(curves["groups"]), strict=False):
-        rates = [point["lr"].get(name) for point in curves["rates"]]
-        known = [rate for rate in rates if rate is not None]
+        lrs = [point["lr"].get(name) for point in curves["rates"]]
+        known = [lr for lr in lrs if lr is not None]
         if not known:
             continue
-        is_open = [opened(reports[0]["phases"], name, step) for step in steps]
-        unseen = (None, 0) if seen else (None,)  # a logarithm has no 0
-        drawn = [float("nan") if rate in unseen else rate for rate in rates]
+        hidden = (None, 0) if positive else (None,)  # a logarithm has no 0
+        drawn = [float("nan") if lr in hidden else lr for lr in lrs]
         axes.plot(steps, drawn, color=hue, linewidth=0.5, alpha=0.6)
-        shown = [rate if there else float("nan") for rate, there in zip(drawn, is_open, strict=True)]
-        line(axes, steps, shown, color=hue, label=written(name) if len(curves["groups"]) <= 8 else None)
+        is_open = (trains(reports[0]["phases"], name, step) for step in steps)
+        shown = [lr if yes else float("nan") for lr, yes in zip(drawn, is_open, strict=True)]
+        line(axes, steps, shown, color=hue, label=drawable(name) if len(curves["groups"]) <= 8 else None)
         words.append(f"{name} from {known[0]:.2g} to {known[-1]:.2g}, at most {max(known):.2g}")
-    if seen:
-        spans_little = max(seen) < 30 * min(seen)
+    if positive:
+        spans_little = max(positive) < 30 * min(positive)
         axes.set_yscale("log", subs=[])
         axes.yaxis.get_major_locator().set_params(subs=[1, 2, 5] if spans_little else [1])
-        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.6g}")  # matplotlib's own writes TeX
+        axes.yaxis.set_major_formatter(lambda lr, _: f"{lr:.6g}")  # matplotlib's own writes TeX
         axes.yaxis.set_minor_formatter(lambda *_: "")
     else:
-        written_out(axes.yaxis)
+        plain_ticks(axes.yaxis)
     return "learning rate of each group", "; ".join(words)
 
 
-def opened(found: Sequence[Mapping[str, Any]], name: str, step: int) -> bool:
+def trains(found: Sequence[Mapping[str, Any]], name: str, step: int) -> bool:
     """Whether a group trains at a step."""
     current = [phase for phase in found if phase["step"] <= step]
     return bool(current) and name in current[-1]["open"]
@@ -196,7 +190,7 @@ def mark_phases(axes: Any, reports: Sequence[Mapping[str, Any]]) -> None:
 
 
 def smoothed(values: Sequence[float], span: int = 10) -> list[float]:
-    """An average that forgets, started without a bias towards zero."""
+    """An exponential moving average with bias correction."""
     keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -218,94 +212,86 @@ def confusion_figure(report: Mapping[str, Any]) -> Any:
         axes.spines[["top", "right"]].set_visible(True)
         axes.set(xlabel="predicted", ylabel="true")
         if classes <= FEW:
-            short = [written(name, 14) for name in names]
-            axes.set_xticks(
-                range(classes), short, rotation=90 if classes * max(map(len, short)) > 40 else 0, fontsize=9
-            )
+            short = [drawable(name, 14) for name in names]
+            turn = 90 if classes * max(map(len, short)) > 40 else 0
+            axes.set_xticks(range(classes), short, rotation=turn, fontsize=9)
             axes.set_yticks(range(classes), short, fontsize=9)
         for row, column in counts.nonzero().tolist() if classes <= 12 else ():
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", fontsize=9)
     return made
 
 
-def written(name: str, most: int = 40) -> str:
-    """A name as matplotlib can write it: names of files may be no text; of a long one the start and the end."""
+def drawable(name: str, most: int = 40) -> str:
+    """A name that matplotlib can draw: a file's may be no valid text; a long one's start and end."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     start, end = most - most // 2 - 1, most // 2
     return name if len(name) <= most else f"{name[:start]}…{name[-end:]}"
 
 
 def reliability_figure(report: Mapping[str, Any]) -> Any:
-    """How often answers of each confidence are right; the bars below say how many there are."""
+    """Accuracy of the predictions of each confidence; the bars below show how many there are."""
     found = report["evaluation"]["calibration"]
     bins, total = len(found["counts"]), max(1, sum(found["counts"]))
     with inked():
         made, axes = figure(4.3, 3.4)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.7, linestyle=":")
-        axes.bar(
-            [(n + 0.5) / bins for n in range(bins)],
-            [c / total for c in found["counts"]],
-            0.9 / bins,
-            color=HUES[5],
-            alpha=0.45,
-        )
-        filled = [
-            (x, y, n) for x, y, n in zip(found["confidence"], found["accuracy"], found["counts"], strict=True) if n
-        ]
-        axes.plot([x for x, *_ in filled], [y for _, y, _ in filled], "-o", color=HUES[0], markersize=4)
+        middles = [(n + 0.5) / bins for n in range(bins)]
+        axes.bar(middles, [count / total for count in found["counts"]], 0.9 / bins, color=HUES[5], alpha=0.45)
+        columns = zip(found["confidence"], found["accuracy"], found["counts"], strict=True)
+        filled = [(x, y) for x, y, count in columns if count]
+        axes.plot([x for x, _ in filled], [y for _, y in filled], "-o", color=HUES[0], markersize=4)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of the answer", ylabel="share that is right")
     return made
 
 
 def scatter_figure(report: Mapping[str, Any]) -> Any:
-    """Predicted scores against true ones; on the dotted line the two are the same."""
+    """Predicted scores against true ones; on the dotted line the two are equal."""
     labels, predicted = zip(*report["scores"]["points"], strict=True)
     with inked():
         made, axes = figure(4.3, 3.4)
         axes.axline((labels[0], labels[0]), slope=1, color=INK, linewidth=0.7, linestyle=":")
         axes.plot(labels, predicted, "o", color=HUES[0], markersize=3, alpha=0.5, markeredgewidth=0)
         axes.set(xlabel="true score", ylabel="predicted score")
-        written_out(axes.xaxis, axes.yaxis)
+        plain_ticks(axes.xaxis, axes.yaxis)
     return made
 
 
 def residual_figure(report: Mapping[str, Any]) -> Any:
-    """How far predicted scores are off, over the true ones."""
+    """Errors of the predicted scores, over the true ones."""
     labels, predicted = zip(*report["scores"]["points"], strict=True)
     with inked():
         made, axes = figure(4.3, 3.4)
         axes.axhline(0, color=INK, linewidth=0.7, linestyle=":")
-        off = [said - true for said, true in zip(predicted, labels, strict=True)]
-        axes.plot(labels, off, "o", color=HUES[1], markersize=3, alpha=0.5, markeredgewidth=0)
-        axes.set(xlabel="true score", ylabel="how far off")
-        written_out(axes.xaxis, axes.yaxis)
+        errors = [score - true for score, true in zip(predicted, labels, strict=True)]
+        axes.plot(labels, errors, "o", color=HUES[1], markersize=3, alpha=0.5, markeredgewidth=0)
+        axes.set(xlabel="true score", ylabel="error")
+        plain_ticks(axes.xaxis, axes.yaxis)
     return made
 
 
-def written_out(*axes: Any) -> None:
-    """Ticks that say what they stand for, without a power or an offset at the end of the axis."""
+def plain_ticks(*axes: Any) -> None:
+    """Ticks with full numbers, without a power or an offset at the end of the axis."""
     for axis in axes:
         axis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
         axis.get_major_locator().set_params(nbins=6)
 
 
 def threshold_figure(report: Mapping[str, Any]) -> Any:
-    """F1 of the worst labels over the probability above which they are said; points at the thresholds found."""
+    """F1 of the worst labels over the threshold of their probability; dots at the chosen thresholds."""
     found = report["labels"]
     with inked():
         made, axes = figure(4.3, 3.4)
         for row, hue in zip(label_rows(report), HUES, strict=False):
-            axes.plot(found["thresholds"], found["curves"][row["place"]], color=hue, label=written(row["label"], 24))
+            axes.plot(found["thresholds"], found["curves"][row["place"]], color=hue, label=drawable(row["label"], 24))
             axes.plot([row["threshold"]], [row["f1_at_threshold"]], "o", color=hue, markersize=4)
         axes.axvline(0.5, color=INK, linewidth=0.7, linestyle=":")
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="said above this probability", ylabel="F1")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7.5, loc="best")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted above this probability", ylabel="F1")
+        add_legend(axes)
     return made
 
 
 def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str:
-    """A picture `(3, height, width)` in [0, 1] as a JPEG in a data address; with weights, heat over its grey."""
+    """An image `(channels, height, width)` in [0, 1] as a JPEG data URI; with weights, a heat map over its grey."""
     import matplotlib
     import matplotlib.image
 
@@ -325,7 +311,7 @@ def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str
 
 
 def number(value: Any) -> str:
-    """Three digits after the point for a share, commas in a count."""
+    """A count with commas, a share with three decimals."""
     if isinstance(value, int):
         return f"{value:,}"
     if 0 < abs(value) < 0.001:
@@ -334,7 +320,7 @@ def number(value: Any) -> str:
 
 
 def label_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each of several labels that is there or was said, the worst F1 first."""
+    """A row for each label that occurs or was predicted, the worst F1 first."""
     if not report.get("labels"):
         return []
     columns = report["labels"]["labels"]

@@ -1,4 +1,4 @@
-"""What a net says of the samples of a split: found in its steps, gathered from all ranks, kept in a file."""
+"""Predictions of a split: found in a module's steps, gathered from all ranks, saved to a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Outputs: TypeAlias = tuple[Tensor, Tensor, Tensor]  # logits, labels and rows of
 
 
 class Predictions(NamedTuple):
-    """What a net said of the samples of a split, in the order of the split."""
+    """Logits and labels of a split's samples, in the order of the split."""
 
     logits: Tensor  # float32, (n, classes), (n, labels) or, of a score, (n, 1)
     labels: Tensor  # a class: int64, (n,); several labels: 0 or 1 as float32, (n, labels); a score: float32, (n,)
@@ -36,17 +36,17 @@ class Predictions(NamedTuple):
         return Predictions(self.logits[chosen], self.labels[chosen], self.rows[chosen], names)
 
 
-def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | None = None) -> Outputs | None:
-    """Logits, labels and rows of a batch, without samples that only fill it up.
+def find_outputs(outputs: Any, batch: Any, output: Tensor | None, classes: int | None = None) -> Outputs | None:
+    """Logits, labels and rows of a batch without ignored samples; None where there are no logits and labels.
 
-    Whole-numbered labels are classes; numbers with a point are several labels where they are as many as the logits, and
-    scores where there is one of each. Nothing where it is none of these.
+    Integer labels are classes; floats are several labels where they are as many as the logits, and scores where there
+    is one of each.
 
     Args:
         outputs: What the step returned.
         batch: What it was given.
         output: Logits, `(batch, classes)`, where the step returned none.
-        classes: How many there are, where that is known: an output of another width is no logits.
+        classes: How many there are, where known: an output of another width is no logits.
     """
     given = outputs if isinstance(outputs, Mapping) else {}
     places = [place for place in (given, batch) if isinstance(place, Mapping)]
@@ -71,7 +71,7 @@ def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | N
             return None
     elif labels.ndim == 1 and logits.shape[1] > 1 and len(labels) == len(logits):
         labels = labels.long()
-        known = (labels >= 0) & (labels < logits.shape[1])  # 255 is nothing, too, where masks come from
+        known = (labels >= 0) & (labels < logits.shape[1])  # 255, too, means ignored in many data sets
     else:
         return None
     rows = next((place["index"] for place in places if "index" in place), None)
@@ -80,8 +80,8 @@ def classified(outputs: Any, batch: Any, output: Tensor | None, classes: int | N
     return logits[known].detach().float().cpu(), labels[known].cpu(), rows[known].long().cpu()
 
 
-def gathered(parts: Sequence[Outputs], ranks: int) -> Outputs | None:
-    """The parts of all ranks as one, in the order of the index, each sample once."""
+def gather_outputs(parts: Sequence[Outputs], ranks: int) -> Outputs | None:
+    """The batches of all ranks as one, in the order of the index, each sample once."""
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True)) if parts else None
     everyone = [mine]
     if ranks > 1:
@@ -94,14 +94,14 @@ def gathered(parts: Sequence[Outputs], ranks: int) -> Outputs | None:
     if len(index) and int(index.min()) >= 0:
         order = index.argsort(stable=True)
         first = torch.ones(len(order), dtype=torch.bool)
-        if ranks > 1:  # a rank's last batch may be filled up with others' samples
+        if ranks > 1:  # a rank's last batch may be padded with others' samples
             first[1:] = index[order][1:] != index[order][:-1]
         logits, labels, index = (column[order[first]] for column in (logits, labels, index))
     return logits, labels, index
 
 
 def save_predictions(path: Path, found: Predictions, step: int | None) -> None:
-    """Write them, and the optimiser step that they are of; another process sees all of the file or nothing."""
+    """Save predictions of an optimiser step; another process sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = json.dumps(found.names).encode()
     tensors = {"logits": found.logits, "labels": found.labels, "rows": found.rows}
@@ -112,7 +112,7 @@ def save_predictions(path: Path, found: Predictions, step: int | None) -> None:
 
 
 def load_predictions(path: Path, step: int | None = None) -> Predictions | None:
-    """Read what `save_predictions` wrote; nothing, where a step is asked for that it is not of."""
+    """Load what `save_predictions` saved; None if it is of another step than asked for."""
     with safe_open(str(path), "pt") as file:
         if step is not None and (file.metadata() or {}).get("step") != str(step):
             return None

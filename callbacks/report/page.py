@@ -1,14 +1,36 @@
-"""The page of a report, and of several compared: one file, no script, nothing from the network.
+"""The page of a report: one file, no script, nothing from the network.
 
-`python -m recipes report RUN` writes a run's page again; with several runs, `comparison.html` beside the first
-of them. Pictures are SVG by matplotlib, whose ink follows the page's, light or dark; each has its numbers beside it in
-words.
+`python -m recipes report RUN` writes a run's page again. Figures are SVG by matplotlib in the page's colours, light or
+dark; each has its numbers beside it in words. The page is a function of `report.json`, whose keys are:
+
+    version      1, the version of this layout
+    title        what was trained on what
+    facts        what the program around the callback adds, plain values by name: model, commands, doctor, ...
+    config       the text of config.yaml in the folder, or null
+    class_names  in the order of the labels
+    split        test or val: whose samples the rest is about
+    chose        whether these samples chose the checkpoint
+    evaluation   of `evaluation.evaluation`, for classes: accuracy and macro F1 with 95 % intervals, loss, majority
+                 class, scores per class, confusion matrix, worst pairs, calibration
+    labels       of `label_evaluation`, for several labels: F1 with intervals, scores and curves per label
+    scores       of `score_evaluation`, for scores: rank correlation and errors with intervals, points
+    start        accuracy of the nearest class centre on the features before the fit, and on how many samples
+    metrics      every number that the module logged for that split
+    curves       points {step, loss}; validations {step, epoch, metrics}; rates {step, lr per group}; groups
+    phases       {step, open: groups that train from there on}
+    best         the validation whose predictions are kept: {monitor, mode, score, step, epoch, metrics}
+    mistakes     the most confident wrong answers: {name, label, predicted, probability, picture, saliency, pieces}
+    uncertain    the least certain correct ones, the same
+    furthest     scores with the largest errors: {name, label, predicted}
+    data         counts per split, digest of the split, what was skipped or has no finite logits
+    cost         seconds of the fit, samples per second while training, peak memory in GB, device, precision
+    versions     of Python and the libraries
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +48,7 @@ from .figures import (
     scatter_figure,
     svg,
     threshold_figure,
+    values_of,
 )
 
 
@@ -62,20 +85,20 @@ def template(name: str) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as one would say them."""
+    """Seconds in a readable unit."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """How good it is, in a sentence or two, and against what."""
-    found = report["evaluation"]
-    split = {"test": "test", "val": "validation"}[report["split"]]
+    """How good it is, in a sentence or two, and against which baseline."""
+    found, split = report["evaluation"], {"test": "test", "val": "validation"}[report["split"]]
+    chose = " These samples chose the checkpoint, so expect a little less on others." if report["chose"] else ""
     if report.get("scores"):
-        return verdict_of_scores(report, split)
+        return verdict_on_scores(report["scores"], split) + chose
     if report.get("labels"):
-        return verdict_of_labels(report, split)
+        return verdict_on_labels(report["labels"], report["class_names"], split) + chose
     if found is None:
         metrics = ", ".join(f"{name.split('/', 1)[-1]} {number(value)}" for name, value in report["metrics"].items())
         return f"{metrics}." if metrics else "Nothing was evaluated."
@@ -97,15 +120,11 @@ def verdict(report: Mapping[str, Any]) -> str:
         text += " That is reliably worse than the features it started from."
     elif start and low <= start["accuracy"]:
         text += " What the fit adds to its starting point lies within the interval."
-    return text + (CHOSE if report["chose"] else "")
+    return text + chose
 
 
-CHOSE = " These samples chose the checkpoint, so expect a little less on others."
-
-
-def verdict_of_scores(report: Mapping[str, Any], split: str) -> str:
-    """How far scores are off, against one who always says the mean."""
-    found = report["scores"]
+def verdict_on_scores(found: Mapping[str, Any], split: str) -> str:
+    """The error of scores, against that of the mean."""
     constant, error, rank = found["constant"], found["mae"], found["spearman"]
     whose = "training scores" if constant["of"] == "training" else f"{split} scores themselves"
     text = f"Scores are off by {number(error['value'])} on average{within(error)}, over {found['samples']:,} {split} "
@@ -120,14 +139,13 @@ def verdict_of_scores(report: Mapping[str, Any], split: str) -> str:
         text += " One of the two, scores or answers, is always the same: there is no correlation."
     else:
         text += f" Spearman's rank correlation is {number(rank['value'])}{within(rank)}; the mean's is 0."
-    return text + (CHOSE if report["chose"] else "")
+    return text
 
 
-def verdict_of_labels(report: Mapping[str, Any], split: str) -> str:
-    """F1 over all labels, against one who always says the same."""
-    found = report["labels"]
+def verdict_on_labels(found: Mapping[str, Any], class_names: Sequence[str], split: str) -> str:
+    """F1 over all labels, against the same labels for every sample."""
     f1, whole, constant = found["f1"], found["all_right"], found["constant"]
-    names = [report["class_names"][place] for place in constant["labels"]]
+    names = [class_names[place] for place in constant["labels"]]
     said = f"“{names[0]}”" if len(names) == 1 else f"the {len(names)} most frequent"
     text = f"F1 over all labels is {number(f1['value'])}{within(f1)}, of {found['samples']:,} {split} samples; always "
     text += f"saying {said} would have {number(constant['f1'])}. {whole['value']:.1%} of samples have every label right"
@@ -137,7 +155,7 @@ def verdict_of_labels(report: Mapping[str, Any], split: str) -> str:
         text += " That is reliably worse than always the same."
     elif low <= constant["f1"]:
         text += " That is not reliably more than always the same: see each label before you trust it."
-    return text + (CHOSE if report["chose"] else "")
+    return text
 
 
 def within(found: Mapping[str, Any]) -> str:
@@ -147,12 +165,9 @@ def within(found: Mapping[str, Any]) -> str:
 
 
 def class_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each class that is there or was predicted, the worst F1 first."""
-    scores = report["evaluation"]["classes"]
-    names, columns = (
-        report["class_names"],
-        zip(*(scores[key] for key in ("precision", "recall", "f1", "support")), strict=True),
-    )
+    """A row for each class that occurs or was predicted, the worst F1 first."""
+    scores, names = report["evaluation"]["classes"], report["class_names"]
+    columns = zip(*(scores[key] for key in ("precision", "recall", "f1", "support")), strict=True)
     claimed = torch.tensor(report["evaluation"]["confusion"]).sum(0).tolist()
     rows = [
         {"class": name, "precision": f"{p:.3f}", "recall": f"{r:.3f}", "f1": f"{f:.3f}", "samples": n}
@@ -163,7 +178,7 @@ def class_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is most often taken for something else."""
+    """The classes that are most often confused."""
     if not report["evaluation"]:
         return []
     names, support = report["class_names"], report["evaluation"]["classes"]["support"]
@@ -174,37 +189,29 @@ def pairs(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def phases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """From which step on which groups trained, and the best of the checkpoint's metric until the next."""
+    """From which step on which groups trained, and the best value of the checkpoint's metric until the next."""
     found, best = report["phases"], report["best"] or {}
     name, rises = best.get("monitor"), best.get("mode") == "max"
     if len(found) < 2:
         return []
-    if name is None:  # no checkpoint goes by a metric
-        name = metric_named(report, "acc")
-        rises = bool(name)
-        name = name or metric_named(report, "loss")
+    if name is None:  # no checkpoint monitors a metric
+        accuracy = metric_named(report, "acc")
+        name, rises = accuracy or metric_named(report, "loss"), bool(accuracy)
     ends = [*(phase["step"] for phase in found[1:]), float("inf")]
     rows = []
     for phase, end in zip(found, ends, strict=True):
-        seen = [v["metrics"].get(name) for v in report["curves"]["validations"] if phase["step"] < v["step"] <= end]
-        values = [value for value in seen if value is not None]
+        values = [value for step, value in values_of(report, name) if phase["step"] < step <= end]
         peak = (max if rises else min)(values) if values else None
-        rows.append(
-            {"step": phase["step"], "open": ", ".join(phase["open"]) or "nothing", "metric": peak, "name": name}
-        )
+        opened = ", ".join(phase["open"]) or "nothing"
+        rows.append({"step": phase["step"], "open": opened, "metric": peak, "name": name})
     return rows
-
-
-# Pictures
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> None:
     """Write `report.json`, a line for each of its keys, and `report.html` from it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}" for key, value in report.items()
-    ]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    values = {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in report.items()}
+    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in values.items()) + "\n}\n"
     (folder / "report.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     (folder / "report.html").write_text(f"{render(report)}\n", encoding="utf-8", errors="backslashreplace")
 
@@ -218,6 +225,3 @@ def show_in_tensorboard(trainer: Trainer, report: Mapping[str, Any]) -> None:
             rows = [f"|{'|'.join(map(str, row.values()))}|" for row in class_rows(report)]
             table = "\n".join(["|class|precision|recall|F1|samples|", "|---|---|---|---|---|", *rows])
             board.add_text(f"{report['split']}/classes", table, trainer.global_step)
-
-
-# A run's page again, and several runs against each other

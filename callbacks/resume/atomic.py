@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints that are saved atomically."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ HOST = socket.gethostname().split(".")[0]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints so that a kill at any moment leaves the old file or the new one, and never a part.
+    """Saves checkpoints so that a kill at any moment leaves the old file or the new one, and never a part.
 
-    A file is written beside its target, flushed to the disk and moved into place; Lightning's own goes by way of the
-    temporary folder, from where a move to another file system can be cut off. Nothing is held twice in memory. What
-    a killed process left behind is removed at the next save. Remote paths are left to Lightning. Checkpoints are
+    A file is written beside its target, flushed to the disk and moved into place; Lightning's own way leads through the
+    temporary folder, from where a move to another file system can be interrupted. Nothing is held twice in memory.
+    What a killed process left behind is removed at the next save. Remote paths are left to Lightning. Checkpoints are
     loaded with `weights_only=True` unless told otherwise, since a pickle can run code.
 
     `ExactResume` installs it. Alone: `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes one file."""
+        """Save one file."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             save_atomically(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        """Reads one file."""
+        """Load one file."""
         return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
 def save_atomically(what: Any, path: Path) -> None:
-    """`torch.save` that never leaves a part of a file at `path`, and none of an earlier, killed call beside it."""
+    """`torch.save` that never leaves a part of a file at `path`, nor one of an earlier, killed call beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(".*.checkpoint-part"):
         if _is_stale(left_over):
@@ -62,7 +62,7 @@ def save_atomically(what: Any, path: Path) -> None:
 
 
 def _is_stale(file: Path) -> bool:
-    """Whether nobody writes to a temporary file any more: its process is gone, or elsewhere and quiet for an hour."""
+    """Whether a temporary file is abandoned: its process is gone, or on another host and silent for an hour."""
     host, pid = file.name.split(".")[-3:-1]
     try:
         if host != HOST or os.name != "posix":

@@ -1,8 +1,8 @@
 """Exact resume: a run that was stopped anywhere goes on as if it had not been.
 
-Randomness is a function of counters, so that there is no generator to save: the order of an epoch's samples comes
-from (seed, epoch), and what is drawn in a batch from (seed, epoch, batch, rank). Progress is brought to the last thing
-that was finished, and what an interruption cut off, such as a validation that was due, is done before going on.
+Randomness is a function of counters, so that there is no generator to save: the order of an epoch's samples depends on
+(seed, epoch), and what is drawn in a batch on (seed, epoch, batch, rank). Progress is set to the last thing that was
+finished, and what an interruption cut off, such as a validation that was due, is done before going on.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from .seeds import EPOCH, VALIDATION, counter_seed, reseed
 
 
 class ExactResume(Callback):
-    """Makes a run that was stopped and resumed end with the very weights of one that was not.
+    """Makes a run that was stopped and resumed end with exactly the weights of one that was not.
 
-    Lightning restarts a cut-off epoch's data from its first batch, draws another order and other dropout masks, skips
-    a validation that was due, drops gradients accumulated so far, and loses a step of ReduceLROnPlateau. Here
+    Lightning restarts an interrupted epoch's data from its first batch, draws another order and other dropout masks,
+    skips a validation that was due, drops accumulated gradients, and loses a step of ReduceLROnPlateau. Here
 
     - generators are seeded before each batch is loaded, by (seed, epoch, batch, rank), and before each epoch's
-      iterator is made, by (seed, epoch): what torch's samplers, loading in the main process, batch transforms, dropout
-      and stochastic depth draw is a function of progress;
-    - the batches that a cut-off epoch has had are skipped without loading them, for every DataLoader over a map-style
-      data set; other loaders are read up to there, and those with a `state_dict` of their own go on from it;
-    - gradients accumulated since the last optimiser step, and metrics that schedulers and callbacks look at, are saved
-      and restored; a validation or scheduler step that was due is made up for;
-    - `AtomicCheckpointIO` takes the place of Lightning's default;
-    - a warning names what the checkpoint overrules (a rate, a schedule's length), and whatever else makes the rest of
-      the run another one.
+      iterator is made, by (seed, epoch): what samplers, loading in the main process, batch transforms and dropout draw
+      is a function of progress;
+    - the batches that an interrupted epoch has had are skipped without loading them, for every DataLoader over a
+      map-style data set; other loaders are read up to there, and those with their own `state_dict` go on from it;
+    - gradients accumulated since the last optimiser step, and metrics that schedulers and callbacks read, are saved
+      and restored; a validation or scheduler step that was due is done;
+    - `AtomicCheckpointIO` replaces Lightning's default;
+    - a warning names what the checkpoint overrides (a learning rate, a schedule's length), and whatever else makes the
+      rest of the run differ.
 
-    Bitwise on one machine with one set of software, on a GPU with deterministic kernels. Not exact are: what worker
-    processes draw at random, where an epoch is resumed in its midst or workers are persistent (make it a function of
-    the index); a sampler of one's own that draws from the global generator as it goes, with workers; averages of
-    training metrics over the resumed epoch, which miss its first part; over several ranks, gradients saved amid an
-    accumulation, which are right to rounding; a stop that early stopping asked for just before the save. A run whose
-    last step has been made is over: its last epoch's end does not come again. What the LightningModule's own hook does
-    after a checkpoint was written in the callbacks' hook of that name is lost, as ever. Needs Lightning 2.6's fit loop.
+    Bitwise on one machine with one set of software, on a GPU with deterministic kernels. Not exact: random numbers of
+    worker processes, where an epoch is resumed before its end or workers are persistent (make them a function of the
+    index); a custom sampler that draws from the global generator as it goes, with workers; averages of training
+    metrics over the resumed epoch, which miss its first part; over several ranks, gradients saved during an
+    accumulation, which are right up to rounding; a stop that early stopping requested just before the save. A run
+    whose last step is done is over: its last epoch's end is not repeated. What the LightningModule's own hook does
+    after a callback's hook of that name has saved a checkpoint is lost, as always. Needs Lightning 2.6's fit loop.
 
     Runs on: each epoch's start, each batch's loading, saving and loading of checkpoints. Touches: random generators,
-    those of loaders and samplers too; the iteration of the training data; the strategy's checkpoint IO.
+    also of loaders and samplers; the iteration of the training data; the strategy's checkpoint IO.
 
     Args:
-        seed: Decides all randomness. `None`: the seed of `seed_everything`, or a random one; a resumed run then takes
-            the one that its checkpoint holds.
+        seed: Of all randomness. `None`: that of `seed_everything`, or a random one; a resumed run takes that of its
+            checkpoint.
 
     Raises:
         TypeError: The training data come in a class derived from Lightning's CombinedLoader.
-        RuntimeError: The checkpoint stands beyond the end of the data; or Lightning has another fit loop.
+        RuntimeError: The checkpoint is beyond the end of the data; or Lightning has another fit loop.
 
     Example:
         >>> trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100)])  # doctest: +SKIP
@@ -73,7 +73,7 @@ class ExactResume(Callback):
         self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Install what decides about randomness and position; come first, so that other hooks draw under its seed."""
+        """Install seeds and positions; come first, so that other hooks draw under its seed."""
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
@@ -81,7 +81,7 @@ class ExactResume(Callback):
         drawn = int(os.environ.get("PL_GLOBAL_SEED", random.SystemRandom().getrandbits(32)))
         self.run_seed = trainer.strategy.broadcast(drawn if self.seed is None else self.seed)
         self.resumed: dict[str, Any] | None = None  # what a checkpoint brought, until training starts
-        self.skip, self.owed = 0, ""  # see `settle`
+        self.skip, self.pending = 0, ""  # see `settle`
         self.stateful = False  # whether the checkpoint holds states of loaders
         self.validation = (-1, -1, "")  # epoch and batch that the last one came after; `begun` or `over`
         trainer.callbacks = [self, *(other for other in trainer.callbacks if other is not self)]  # type: ignore[attr-defined]
@@ -94,12 +94,12 @@ class ExactResume(Callback):
         vars(epoch_loop)["on_run_start"] = partial(self._start_epoch, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave Lightning's loops as they were."""
+        """Restore Lightning's loops."""
         vars(trainer.fit_loop._data_source).pop("dataloader", None)
         vars(trainer.fit_loop.epoch_loop).pop("on_run_start", None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same. A signal to terminate comes when all that follows a validation has been done."""
+        """The same. A termination signal is raised when all that follows a validation is done."""
         if is_kind(exception, "SIGTERMException") and self.validation[2] == "over":
             self.validation = (-1, -1, "")
         self.teardown(trainer, pl_module, "fit")
@@ -112,20 +112,20 @@ class ExactResume(Callback):
         elif type(loaders).__name__ != "CombinedLoader":
             raise TypeError(
                 f"ExactResume expects training data in DataLoaders or a CombinedLoader; received {type(loaders)}, "
-                "whose own way of iterating would be lost; return its loaders, or leave ExactResume out"
+                "whose own way of iterating would be lost; return its loaders, or remove ExactResume"
             )
         replay: Replay = type("Replay", (Replay, own), {})(loaders)
         return replay
 
     def _start_epoch(self, trainer: Trainer, fetcher: Any) -> None:
-        """In place of the epoch loop's `on_run_start`, which comes after all hooks of an epoch's start."""
+        """In place of the epoch loop's `on_run_start`, which runs after all hooks of an epoch's start."""
         epoch_loop, loader = trainer.fit_loop.epoch_loop, fetcher.combined_loader
         loader.close()
         type(epoch_loop).on_run_start(epoch_loop, fetcher)
         epoch_loop.restarting = False
-        skip, owed, self.skip, self.owed = self.skip, self.owed, 0, ""
-        if owed in ("validation", "after validation"):  # the rest of an iteration that was cut off
-            epoch_loop._skip_next_val = owed == "after validation"
+        skip, pending, self.skip, self.pending = self.skip, self.pending, 0, ""
+        if pending in ("validation", "after validation"):  # the rest of an iteration that was cut off
+            epoch_loop._skip_next_val = pending == "after validation"
             epoch_loop.on_advance_end(fetcher)
         if not epoch_loop.done:
             epoch = vars(trainer.fit_loop.epoch_progress.current)["processed"]
@@ -134,23 +134,23 @@ class ExactResume(Callback):
             fetcher.fetched += skip
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the hooks of an epoch's start draw depends on the epoch alone."""
+        """Seed the hooks of an epoch's start by the epoch."""
         reseed(counter_seed(self.run_seed or 0, EPOCH, trainer.current_epoch))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What a validation draws depends on where it comes."""
+        """Seed a validation by its place."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             place = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.completed
             reseed(counter_seed(self.run_seed or 0, VALIDATION, *place))
             self.validation = (*place, "begun")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember that it need not be repeated."""
+        """Note that it need not be repeated."""
         if trainer.state.fn == "fit":
             self.validation = (*self.validation[:2], "over")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the seed, the metrics, where a validation stands, the run's length, gradients amid an accumulation."""
+        """Add the seed, the metrics, a validation's state, the run's length, gradients during an accumulation."""
         if self.run_seed is None:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -169,14 +169,14 @@ class ExactResume(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Bring the saved progress to the point where the run is to go on."""
+        """Set the saved progress to the point where the run is to go on."""
         if trainer.state.fn != "fit":
             return
         loops = checkpoint["loops"]["fit_loop"]
         self.resumed = checkpoint["callbacks"].get(self.state_key, {})
-        self.resumed["amid step"] = during_step(loops["epoch_loop.batch_progress"]["current"])
+        self.resumed["during step"] = during_step(loops["epoch_loop.batch_progress"]["current"])
         self.resumed["schedulers"] = len(checkpoint["lr_schedulers"])
-        self.skip, self.owed = settle(loops, self.resumed.get("validation", ""))
+        self.skip, self.pending = settle(loops, self.resumed.get("validation", ""))
         if self.skip == 0 or loops["epoch_loop.batch_progress"]["is_last_batch"]:
             loops["state_dict"].pop("combined_loader", None)  # a stateful loader would begin with an empty epoch
         self.stateful = "combined_loader" in loops["state_dict"]
@@ -184,11 +184,11 @@ class ExactResume(Callback):
             self.run_seed = self.resumed.get("seed", self.run_seed)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what is configured, before the checkpoint's values take its place."""
+        """Note the configured settings, before the checkpoint's replace them."""
         self.configured = run_settings(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore what Lightning does not, and say what will not be as it was."""
+        """Restore what Lightning does not; warn of what will differ."""
         if self.resumed is None:
             return
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
@@ -200,9 +200,9 @@ class ExactResume(Callback):
         for name, p in pl_module.named_parameters():
             if name in gradients:
                 p.grad = gradients[name].to(p.device, p.dtype)
-        fit_loop._restarting = False  # or this epoch's step of ReduceLROnPlateau would be left out
+        fit_loop._restarting = False  # or this epoch's step of ReduceLROnPlateau would be skipped
         fit_loop.epoch_loop.restarting = self.skip > 0
-        if self.owed == "plateau":
+        if self.pending == "plateau":
             plateaus = [c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau and c.interval == "epoch"]
             lost = [str(c.monitor) for c in plateaus if c.monitor not in trainer.callback_metrics]
             if lost:
@@ -216,15 +216,15 @@ class ExactResume(Callback):
             rank_zero_warn("resumed, but not as if never stopped: " + "; ".join(lines))
 
     def _differences(self, trainer: Trainer, saved: dict[str, Any]) -> Iterator[str]:
-        """What makes the rest of the run another one."""
+        """What makes the rest of the run differ."""
         if "seed" not in saved:
-            yield "the checkpoint was written without ExactResume"
+            yield "the checkpoint was saved without ExactResume"
         elif saved["seed"] != self.run_seed:
             yield f"the seed is {self.run_seed} (checkpoint: {saved['seed']})"
-        if saved["amid step"]:
+        if saved["during step"]:
             yield (
-                "the checkpoint was written amid a training step, which is repeated: gradients accumulated before it "
-                "are lost, and statistics such as BatchNorm's take its batch in twice"
+                "the checkpoint was saved during a training step, which is repeated: gradients accumulated before it "
+                "are lost, and statistics such as BatchNorm's count its batch twice"
             )
         now, schedulers = length_of_run(trainer), trainer.lr_scheduler_configs
         for name, was in saved.get("run", now).items():
@@ -240,7 +240,7 @@ class ExactResume(Callback):
             step = getattr(config.scheduler, "last_epoch", None)
             every_step = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
             if every_step and step not in (None, trainer.global_step):
-                yield f"{type(config.scheduler).__name__} stands at step {step}, the run at {trainer.global_step}"
+                yield f"{type(config.scheduler).__name__} is at step {step}, the run at {trainer.global_step}"
 
 
 def is_kind(thing: Any, *names: str) -> bool:

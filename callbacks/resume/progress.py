@@ -1,4 +1,4 @@
-"""Lightning's counters of progress, set right in a checkpoint."""
+"""Lightning's progress counters, corrected in a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PROGRESS = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur",
 
 
 def settle(loops: dict[str, Any], validation: str) -> tuple[int, str]:
-    """Brings a fit loop's saved counters to the last thing that was finished.
+    """Sets a fit loop's saved counters to the last thing that was finished.
 
     Args:
         loops: `checkpoint["loops"]["fit_loop"]`; changed in place.
-        validation: `begun` or `over` if the checkpoint was written during or just after one, else empty.
+        validation: `begun` or `over` if the checkpoint was saved during or just after one, else empty.
 
     Returns:
-        How many batches of the epoch are done, and what is still to be done after them: nothing (empty), `validation`
-        if it is due and what follows it, only what comes `after validation`, or an ended epoch's `plateau` step.
+        How many batches of the epoch are done, and what is pending after them: nothing (empty), `validation` and what
+        follows it, only what comes `after validation`, or a finished epoch's `plateau` step.
     """
     epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     if epoch["current"]["started"] == epoch["current"]["processed"]:  # after an epoch's last batch, or at its start
@@ -42,7 +42,7 @@ def settle(loops: dict[str, Any], validation: str) -> tuple[int, str]:
 
 
 def _level(progress: dict[str, Any]) -> None:
-    """What was begun and not finished counts as not begun; what was processed, as finished."""
+    """What was begun and not processed counts as not begun; what was processed, as finished."""
     for counters in (progress["total"], progress["current"]):
         counters.update(dict.fromkeys(counters, counters["processed"]))
 
@@ -61,7 +61,7 @@ def during_accumulation(trainer: Trainer) -> bool:
 
 
 def length_of_run(trainer: Trainer) -> dict[str, Any]:
-    """All that decides how long a run is, by the words in which a difference is told."""
+    """All that decides the length of a run, by its description in a warning."""
     return {
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
@@ -73,7 +73,7 @@ def length_of_run(trainer: Trainer) -> dict[str, Any]:
 
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:
-    """Base rates and the schedulers' options, by name; without their progress."""
+    """Base learning rates or the schedulers' options, by name; without their progress."""
     schedulers = [s for config in trainer.lr_scheduler_configs for s in _with_inner(config.scheduler)]
     if not schedulers:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -16,10 +16,10 @@ from .seeds import BATCH, ITERATOR, counter_seed, reseed
 
 
 class Replay:
-    """The training loaders, iterated from where the run stands; comes before a CombinedLoader among the bases.
+    """The training loaders, iterated from the run's progress; a base class before CombinedLoader.
 
-    Lightning makes an iterator too early, when it does not know the epoch yet. Closed, this one starts no worker and
-    gives no batch; open, it gives an epoch's batches from a given one on, each under its own seed.
+    Lightning makes an iterator too early, before it knows the epoch. Closed, this one starts no worker and gives no
+    batch; open, it gives an epoch's batches from a given one on, each under its own seed.
     """
 
     _flattened: list[Any]
@@ -57,7 +57,7 @@ class Replay:
                 super().__next__()  # type: ignore[misc]
             except StopIteration:
                 raise RuntimeError(
-                    f"the checkpoint was written after batch {self.skip} of an epoch, which has only {self.batch} now; "
+                    f"the checkpoint was saved after batch {self.skip} of an epoch, which has only {self.batch} now; "
                     "resume with the same data and batch size"
                 ) from None
             self.batch += 1
@@ -68,7 +68,7 @@ class Replay:
 
 
 class _Batches:
-    """One of the loaders; iterated again where it is shorter than another and cycled through."""
+    """One of the loaders; iterated again where it is shorter than another and cycled."""
 
     def __init__(self, loader: Any, number: int, replay: Replay) -> None:
         self.loader, self.number, self.replay = loader, number, replay
@@ -104,7 +104,7 @@ class _Batches:
         for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
             if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
                 generator.manual_seed(seed)
-        if getattr(loader, "_iterator", None) is not None:  # workers that live on: no base seed is drawn for them
+        if getattr(loader, "_iterator", None) is not None:  # persistent workers: no base seed is drawn for them
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         if skip == 0 or self.by_itself:
             iterator: Iterator[Any] = iter(loader)
@@ -121,14 +121,14 @@ class _Batches:
             vars(loader)[name] = rest.whole
         if not rest.skip:
             return chain(first, iterator)
-        for _ in islice(iterator, skip - 1):  # it takes its indices from elsewhere: batches are loaded to skip them
+        for _ in islice(iterator, skip - 1):  # it reads its indices elsewhere: batches are loaded to skip them
             pass
         again()
         return iterator
 
 
 class _Rest:
-    """A sampler without what it gives first; when it is iterated once more it is whole."""
+    """A sampler without its first indices; whole when it is iterated again."""
 
     def __init__(self, whole: Iterable[Any], skip: int, then: Callable[[], None]) -> None:
         self.whole, self.skip, self.then = whole, skip, then

@@ -31,16 +31,16 @@ class HasLayerGroups(Protocol):
 def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blocks:
     """Sort all parameters of a module into ordered blocks, input to output.
 
-    A tied parameter belongs to the first block that holds it. Parameters that are frozen already are left out,
-    and so are blocks without any other.
+    A tied parameter belongs to the first block that holds it. Frozen parameters are omitted, and blocks without any
+    other.
 
     Args:
         module: Any network.
-        patterns: One per block, input to output: regular expressions looked for in a parameter's dotted name; the
-            first that is found counts. None: the module's `layer_groups()`, or else `infer_blocks`.
+        patterns: One per block, input to output: regular expressions searched for in a parameter's dotted name; the
+            first match counts. None: the module's `layer_groups()`, or else `infer_blocks`.
 
     Raises:
-        ValueError: A pattern or path that decides on no parameter, or a parameter in no block.
+        ValueError: A pattern or path that matches nothing new, or a parameter in no block.
     """
     inferred = patterns is None and not isinstance(module, HasLayerGroups)
     if patterns is None:
@@ -59,7 +59,7 @@ def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blo
             raise ValueError(f"block {block!r} holds no parameter, or none that an earlier block leaves to it{hint}")
     lost = [name for name, parameter in names.items() if parameter not in home]
     if lost:
-        raise ValueError(f"parameters in no block: {some(lost)}; a last pattern '.' takes all the rest")
+        raise ValueError(f"parameters in no block: {some(lost)}; a last pattern '.' takes all others")
     blocks: Blocks = {block: {} for block in tests}
     for name, parameter in names.items():
         if parameter.requires_grad:
@@ -70,9 +70,9 @@ def find_blocks(module: nn.Module, patterns: Sequence[str] | None = None) -> Blo
 def infer_blocks(module: nn.Module) -> dict[str, list[str]]:
     """Ordered blocks of a module tree: what repeats becomes one block each, the rest one block per part.
 
-    The layers of a transformer, the stages of a ResNet or the items of a long `Sequential` are blocks; what lies
-    around them (embeddings, stem, pooler, head) are others. Norm layers join the block before, tokens and other
-    parameters of a container's own the block after. Order is that of registration, usually input to output.
+    The layers of a transformer, the stages of a ResNet or the items of a long `Sequential` are blocks; what surrounds
+    them (embeddings, stem, pooler, head) are others. Norm layers join the block before, tokens and other parameters of
+    a container's own the block after. The order is that of registration, usually input to output.
 
     Returns:
         Path of the block's first part -> paths of all its parts.
@@ -104,7 +104,7 @@ Piece: TypeAlias = tuple[str, nn.Module | None]  # path and module; None for a p
 
 
 def _pieces(module: nn.Module, prefix: str = "") -> Iterator[Piece]:
-    """A module taken apart as far as something repeats inside, but no further."""
+    """A module taken apart only as far as something repeats inside."""
     children = _children(module).values()
     kinds = [type(child) for child in children]
     layers = _is_chain(module) and max(map(kinds.count, kinds)) * 2 > len(kinds)  # of one kind, as in a transformer
@@ -133,7 +133,7 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _is_slight(part: nn.Module | None) -> bool:
-    """Whether it is too little to be a block."""
+    """Whether it is too small to be a block."""
     return part is None or all(parameter.ndim < 2 for parameter in part.parameters())
 
 
@@ -180,21 +180,17 @@ def layerwise_param_groups(
 
     Args:
         module: Any network; its own `layer_groups()` count, else its blocks are inferred.
-        lr: Rate of the last block, the head.
-        layer_decay: Factor on the rate from each block to the one before it.
-        weight_decay: Of matrices, kernels; what has another `role` has none: norms, biases, embeddings, tokens.
+        lr: Learning rate of the last block, the head.
+        layer_decay: Factor on the learning rate from each block to the one before it.
+        weight_decay: Of matrices and kernels; what has another `role` has none: norms, biases, embeddings, tokens.
         patterns: As in `find_blocks`.
     """
     places = [(m, name, p) for m in module.modules() for name, p in m.named_parameters(recurse=False)]
-    spared = {p for holder, name, p in places if role(holder, name, p) != "weight"}
+    undecayed = {p for holder, name, p in places if role(holder, name, p) != "weight"}
     blocks, groups = find_blocks(module, patterns), []
     for place, (block, members) in enumerate(blocks.items(), 1):
-        rate = lr * layer_decay ** (len(blocks) - place)
-        free = spared & set(members.values())
-        for name, decay, params in (
-            (block, weight_decay, [p for p in members.values() if p not in free]),
-            (f"{block}/no_decay", 0.0, [p for p in members.values() if p in free]),
-        ):
-            if params:
-                groups.append({"params": params, "name": name, "lr": rate, "weight_decay": decay})
+        group = {"lr": lr * layer_decay ** (len(blocks) - place)}
+        for name, decay, free in ((block, weight_decay, False), (f"{block}/no_decay", 0.0, True)):
+            if params := [p for p in members.values() if (p in undecayed) == free]:
+                groups.append({"params": params, "name": name, **group, "weight_decay": decay})
     return groups

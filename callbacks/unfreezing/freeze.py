@@ -15,56 +15,56 @@ from .ranks import is_kind, rewrap
 
 
 class Freezing(Callback):
-    """Holds parameters frozen and modules in evaluation mode, until the fit is over."""
+    """Keeps parameters frozen and their modules in evaluation mode until the fit is over."""
 
     def __init__(self, frozen_dropout: bool) -> None:
         self.frozen_dropout = frozen_dropout
         self.frozen: set[nn.Parameter] = set()
-        self.eval: set[nn.Module] = set()
+        self.eval_modules: set[nn.Module] = set()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Frozen modules stay in evaluation mode, whoever called `train()`."""
-        for module in self.eval:
+        for module in self.eval_modules:
             module.training = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
+        """Restore the module."""
         if stage == "fit":
-            self.hand_back()
+            self.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As after a fit."""
-        self.hand_back()
+        self.release()
 
-    def hand_back(self) -> None:
-        """Let everything train again that this callback has frozen."""
+    def release(self) -> None:
+        """Unfreeze what this callback has frozen."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        for module in self.eval:
+        for module in self.eval_modules:
             module.training = True
-        self.frozen, self.eval = set(), set()
+        self.frozen, self.eval_modules = set(), set()
 
 
 class Freeze(Freezing):
     """Keeps parts of the network frozen for the whole fit: feature extraction, partial fine-tuning, BitFit.
 
-    Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen
-    are in evaluation mode, so that BatchNorm keeps its statistics and dropout is off. After the fit the module is
-    trainable as it was before.
+    Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen are
+    in evaluation mode, so that BatchNorm keeps its statistics and dropout is off. After the fit the module is
+    trainable as before.
 
     Runs on: setup, fit start, every training batch (modes only). Touches: `requires_grad`, `training`.
 
     Args:
         train_last_blocks: How many of the last blocks train; 1 is the head alone.
-        patterns: Ordered, regular expression -> whether it trains; the first that is found in a parameter's name
-            decides, before `train_last_blocks`.
-        train_norms: Parameters of norm layers train all the same.
-        train_biases: Biases train all the same. BitFit: Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199
+        patterns: Ordered, regular expression -> whether it trains; the first that matches a parameter's name decides,
+            before `train_last_blocks`.
+        train_norms: Parameters of norm layers train anyway.
+        train_biases: Biases train anyway. BitFit: Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199
         frozen_dropout: Leave dropout on in frozen blocks; BatchNorm's statistics stay as they are.
 
     Raises:
-        ValueError: Nothing is asked for, a pattern decides on no parameter, or nothing would train; another Freeze or
-            a finetuning callback of Lightning's.
+        ValueError: Nothing is asked for, a pattern matches nothing new, or nothing would train; another Freeze or a
+            finetuning callback of Lightning's.
 
     Example:
         >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)])  # doctest: +SKIP
@@ -83,10 +83,9 @@ class Freeze(Freezing):
         super().__init__(frozen_dropout)
         self.train_last_blocks, self.patterns = train_last_blocks, dict(patterns or {})
         self.train_norms, self.train_biases = train_norms, train_biases
-        self.frozen_parameters = 0  # how many numbers are frozen
 
     def chosen(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Names and parameters to freeze, out of those that are not frozen already."""
+        """Names and parameters to freeze, of those that are not frozen already."""
         blocks = find_blocks(module)
         last = len(blocks) if self.train_last_blocks is None else self.train_last_blocks
         if not 0 <= last <= len(blocks):
@@ -99,18 +98,13 @@ class Freeze(Freezing):
         }
         trains: dict[str, bool] = {}
         unused = set(self.patterns)
-        for position, members in enumerate(blocks.values()):
+        for position, members in enumerate(blocks.values(), 1):
             for name, parameter in members.items():
                 match = next((pattern for pattern in self.patterns if re.search(pattern, name)), None)
-                if match is not None:
-                    unused.discard(match)
-                    trains[name] = self.patterns[match]
-                else:
-                    trains[name] = (
-                        position >= len(blocks) - last
-                        or (self.train_norms and parameter in norms)
-                        or (self.train_biases and name.endswith("bias"))
-                    )
+                unused.discard(match or "")
+                by_kind = (self.train_norms and parameter in norms) or (self.train_biases and name.endswith("bias"))
+                by_place = position > len(blocks) - last
+                trains[name] = by_kind or by_place if match is None else self.patterns[match]
         known = dict(module.named_parameters())
         if unused:
             pattern = min(unused)
@@ -120,10 +114,9 @@ class Freeze(Freezing):
         return {name: known[name] for name in trains if not trains[name]}
 
     def freeze(self, module: nn.Module) -> None:
-        """Freeze what is chosen; does nothing where that has been done."""
+        """Freeze what is chosen, once."""
         if not self.frozen:
             self.frozen = close(self.chosen(module).values())
-            self.frozen_parameters = count(self.frozen)
             trains = count(p for p in module.parameters() if p.requires_grad)
             say(f"freeze: {counted(self.frozen)} frozen, {trains:,} parameters train")
 
@@ -132,7 +125,7 @@ class Freeze(Freezing):
         if stage == "fit":
             check_alone(trainer, self)
             if not self.frozen <= set(pl_module.parameters()):  # else it was frozen before the fit
-                self.hand_back()
+                self.release()
             if any(True for _ in pl_module.parameters()):
                 self.freeze(pl_module)
 
@@ -141,11 +134,11 @@ class Freeze(Freezing):
         if not self.frozen:
             self.freeze(pl_module)
             rewrap(trainer, pl_module)
-        self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
+        self.eval_modules = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
 
 
 def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
-    """Freeze parameters: no gradient from now on, and none left over for an optimiser to use; returns them."""
+    """Freeze parameters and drop their gradients, which an optimiser would use; returns them."""
     closed = set(parameters)
     for parameter in closed:
         parameter.requires_grad_(False)
@@ -154,7 +147,7 @@ def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
 
 
 def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool = False) -> set[nn.Module]:
-    """Modules all of whose parameters are frozen and what lies inside them, as far as in training mode.
+    """Modules all of whose parameters are frozen, with what lies inside them, of those in training mode.
 
     Args:
         root: The network.
@@ -175,9 +168,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def check_alone(trainer: Trainer, callback: Callback) -> None:
-    """Refuse what would freeze and open the same parameters; Freeze and GradualUnfreezing go together."""
+    """Refuse a second callback that freezes the same parameters; Freeze and GradualUnfreezing go together."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if other is not callback and (isinstance(other, type(callback)) or is_kind(other, "BaseFinetuning")):
             own, its = type(callback).__name__, type(other).__name__
             both = f"two {own}" if own == its else f"{own} and {its}"
-            raise ValueError(f"{both} would each open what the other keeps frozen; give one of them")
+            raise ValueError(f"{both} would each unfreeze what the other keeps frozen; give one of them")

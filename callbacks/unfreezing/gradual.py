@@ -1,10 +1,6 @@
-"""Freeze parts of any network, and open them again block by block while it trains.
+"""Gradual unfreezing: a network is frozen but for its last blocks, and opened block by block while it trains.
 
-    Trainer(callbacks=[Freeze(train_last_blocks=1)])            # feature extraction: the head alone
-    Trainer(callbacks=[GradualUnfreezing(every_epochs=1)])      # the head first, then a block more every epoch
-
-A block is a named group of parameters, ordered from input to output. Blocks come from the module's own
-`layer_groups()`, from patterns, or are inferred from the module tree.
+Trainer(callbacks=[GradualUnfreezing(every_epochs=1)])      # the head first, then one more block every epoch
 """
 
 from __future__ import annotations
@@ -27,39 +23,40 @@ from .steps import step_at_epoch, steps_of_run, steps_per_epoch
 class GradualUnfreezing(Freezing):
     """Opens the network block by block: the last blocks train from the start, the others join later.
 
-    All parameters are in the optimiser from the first step; opening only flips `requires_grad`, so schedulers,
-    momentum and resuming know nothing of it. What is open is computed from the run's progress at every start of
-    an epoch or step, also after a resume. A frozen block has no gradient, decay or momentum, and its modules are
-    in evaluation mode: BatchNorm (SyncBatchNorm, too) keeps its statistics. Parameters that were frozen before,
-    by the module itself or by `Freeze`, stay so. After the fit the module is trainable as it was before.
+    A block is a named group of parameters, from the module's own `layer_groups()`, from patterns, or inferred from the
+    module tree. All parameters are in the optimiser from the first step; opening only flips `requires_grad`, so
+    schedulers, momentum and resuming are not affected. What is open is computed from the run's progress at every
+    start of an epoch or step, also after a resume. A frozen block has no gradient, decay or momentum, and its modules
+    are in evaluation mode: BatchNorm (SyncBatchNorm, too) keeps its statistics. Parameters that were frozen before, by
+    the module itself or by `Freeze`, stay so. After the fit the module is trainable as before.
 
-    Under DDP the wrapper is made anew at each change, on all ranks at the same step: frozen parameters cost no
+    Under DDP the module is wrapped anew at each change, on all ranks at the same step: frozen parameters cost no
     traffic, opened ones are reduced. Weights are compared across ranks at each change and at the end. A block that
-    opens must be seen to receive a gradient in its first step. FSDP, DeepSpeed and model parallelism are refused.
+    opens must receive a gradient in its first step. FSDP, DeepSpeed and model parallelism are refused.
 
     Runs on: fit start, start of epochs and batches, end of validation. Touches: `requires_grad`, `training`,
     `grad`, under DDP the strategy's wrapper, with `restore_best` weights and buffers.
 
     Args:
-        every_epochs: Open a phase every so many epochs.
+        every_epochs: Epochs from one opening to the next.
         every_steps: The same in optimiser steps.
         at: When each phase opens: below 1 a share of the run, from 1 on an optimiser step.
         over_share: Open evenly, the last phase at this share of the run; 0.5 where nothing else is given.
-        monitor: Logged metric; a phase opens when it has not improved in more than `patience` validations.
+        monitor: Logged metric; a phase opens when it has not improved for more than `patience` validations.
         mode: Whether smaller (`min`) or larger (`max`) values of `monitor` are better.
-        patience: Validations without improvement that are borne.
-        min_delta: Least change of `monitor` that counts as an improvement.
-        restore_best: With `monitor`: return to the phase's best weights and buffers before the next opens;
-            the optimiser's momentum is kept.
+        patience: Validations without improvement before an opening.
+        min_delta: Smallest change of `monitor` that counts as an improvement.
+        restore_best: With `monitor`: return to the phase's best weights and buffers before the next opens; the
+            optimiser's momentum is kept.
         blocks_at_start: Blocks open from the first step.
-        blocks_per_phase: Blocks that open together; None for all the rest at once.
+        blocks_per_phase: Blocks that open together; None for all the others at once.
         order: `top_down` from the head, `bottom_up`, or names of all blocks in the order to open.
         patterns: Blocks as regular expressions, input to output; see `find_blocks`.
         frozen_dropout: Leave dropout on in frozen blocks.
 
     Raises:
-        ValueError: A phase that the run can't reach or that an early stop could forestall; a pattern without a
-            match; a parameter in no optimiser group or in two; fewer than two blocks.
+        ValueError: A phase that the run can't reach or that an early stop could prevent; a pattern without a match; a
+            parameter in no optimiser group or in two; fewer than two blocks.
         RuntimeError: Replicas differ; an opened block receives no gradient.
 
     Source: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
@@ -112,13 +109,13 @@ class GradualUnfreezing(Freezing):
     def _reset(self) -> None:
         self.blocks: list[Blocks] = []  # by phase; phase 0 is open from the start
         self.opening_steps: list[int] = []  # optimiser step at which each open phase opened
-        self.due = 0  # the phase that a metric has called for
+        self.due = 0  # the phase that the monitored metric has reached
         self.best: float | None = None
         self.bad_validations = 0
         self.best_weights: dict[str, Tensor] = {}
         self._boundaries: list[tuple[str, int]] = []
         self._shown = -1  # the phase that the module has been brought to
-        self._untried: Blocks = {}  # opened, but not yet seen to receive gradients
+        self._untried: Blocks = {}  # opened, but gradients not yet checked
 
     @property
     def phases(self) -> list[list[nn.Parameter]]:
@@ -131,11 +128,7 @@ class GradualUnfreezing(Freezing):
         return bool(self.blocks) and len(self.opening_steps) == len(self.blocks)
 
     def plan(self, module: nn.Module) -> list[Blocks]:
-        """The blocks of each phase, in the order of opening.
-
-        Raises:
-            ValueError: There are fewer than two blocks, or `order` doesn't name them.
-        """
+        """The blocks of each phase, in the order of opening."""
         blocks = find_blocks(module, self.patterns)
         if len(blocks) < 2:
             kind = type(module).__name__
@@ -149,7 +142,7 @@ class GradualUnfreezing(Freezing):
         size = self.blocks_per_phase or max(len(rest), 1)
         parts = [first, *(rest[i : i + size] for i in range(0, len(rest), size))]
         if self.at is not None and len(self.at) < len(parts) - 1:
-            parts[len(self.at) :] = [list(chain(*parts[len(self.at) :]))]  # the last opens all the rest
+            parts[len(self.at) :] = [list(chain(*parts[len(self.at) :]))]  # the last opens all others
         return [{name: blocks[name] for name in part} for part in parts]
 
     def boundaries(self, phases: int, total_steps: float) -> list[tuple[str, int]]:
@@ -173,13 +166,10 @@ class GradualUnfreezing(Freezing):
         """Optimiser step at which each phase opens; with a metric, of the first alone.
 
         Args:
-            phases: How many there are.
-            total_steps: Of the run; infinite where that is not known.
+            phases: Their number.
+            total_steps: Of the run; infinite where unknown.
             steps_per_epoch: Infinite where the data has no length.
             begin: Step at which the run began, or would have with as many steps in each epoch: `step_at_epoch` of 0.
-
-        Raises:
-            ValueError: The run ends before the last one.
         """
         ends = self.boundaries(phases, total_steps)
         steps = [0, *(begin + number * steps_per_epoch if unit == "epoch" else number for unit, number in ends)]
@@ -191,7 +181,7 @@ class GradualUnfreezing(Freezing):
         return steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit."""
+        """Forget the previous fit."""
         if stage == "fit":
             check_alone(trainer, self)
             self._reset()
@@ -199,8 +189,7 @@ class GradualUnfreezing(Freezing):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and freeze all but the first phase.
 
-        Not before: a `configure_optimizers` that leaves out what is frozen has now seen every parameter. DDP's wrapper
-        is made anew when training begins.
+        Not before: a `configure_optimizers` that omits what is frozen has now seen every parameter.
         """
         check_strategy(trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -214,7 +203,7 @@ class GradualUnfreezing(Freezing):
         self._show(pl_module, max(len(self.opening_steps) - 1, 0))  # more than 0 after a resume
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan when phases open, now that it is known how far a resumed run has come."""
+        """Plan when phases open, now that a resumed run's progress is known."""
         total, per_epoch = steps_of_run(trainer), steps_per_epoch(trainer)
         self._boundaries = self.boundaries(len(self.blocks), total)
         last = self.planned_steps(len(self.blocks), total, per_epoch, step_at_epoch(trainer, 0))[-1]
@@ -225,12 +214,12 @@ class GradualUnfreezing(Freezing):
         self._advance(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Open what is due, also after a resume amid an epoch."""
+        """Open what is due, also after a resume during an epoch."""
         self._advance(trainer, pl_module)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """In a block's first step, see that gradients arrive."""
+        """Check in a block's first step that gradients arrive."""
         untried, self._untried = self._untried, {}
         for block, members in untried.items():
             missing = [name for name, parameter in members.items() if parameter.grad is None]
@@ -248,7 +237,7 @@ class GradualUnfreezing(Freezing):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(f"monitor {self.monitor!r} is not logged; there are {known}")
+            raise ValueError(f"monitor {self.monitor!r} is not logged; logged are {known}")
         value = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if self.best is None or self.sign * value < self.sign * self.best - self.min_delta:
             self.best, self.bad_validations = value, 0
@@ -269,17 +258,17 @@ class GradualUnfreezing(Freezing):
             log.warning(f"unfreezing: the run ended before these opened: {never}")
 
     def state_dict(self) -> dict[str, Any]:
-        """When phases opened, and what a metric's next decision hangs on."""
+        """When phases opened, and what the next decision by a metric depends on."""
         names = ("opening_steps", "due", "best", "bad_validations", "best_weights")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the history; what is open follows from it and the progress."""
+        """Take the history; what is open follows from it and the progress."""
         for name, value in state_dict.items():
             setattr(self, name, value)
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the module to the phase that the progress says."""
+        """Bring the module to the phase of the run's progress."""
         reached = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         due = self.due if self.monitor is not None else sum(reached[unit] >= at for unit, at in self._boundaries)
         due = min(max(due, len(self.opening_steps) - 1), len(self.blocks) - 1)
@@ -293,25 +282,23 @@ class GradualUnfreezing(Freezing):
             self.best_weights = {}
             self.opening_steps = self.opening_steps + [trainer.global_step] * (due + 1 - len(self.opening_steps))
         first, self._shown = self._shown + 1, due
-        self._untried = {
-            name: members for part in self.blocks[max(first, 1) : due + 1] for name, members in part.items()
-        }
+        self._untried = dict(chain(*(part.items() for part in self.blocks[max(first, 1) : due + 1])))
         self._show(pl_module, due)
         self._announce(trainer, first)
         rewrap(trainer, pl_module)
 
     def _show(self, pl_module: LightningModule, phase: int) -> None:
-        """Let `requires_grad` and modes show that phases up to `phase` are open."""
-        self.hand_back()
+        """Set `requires_grad` and modes so that phases up to `phase` are open."""
+        self.release()
         self.frozen = close(chain(*self.phases[phase + 1 :]))
-        self.eval = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
+        self.eval_modules = frozen_modules(pl_module, self.frozen, dropout=self.frozen_dropout)
 
     def _announce(self, trainer: Trainer, first: int) -> None:
-        """One line, and the same to the loggers, on what is open from now on."""
+        """Log what is open from now on, as a line and as metrics."""
         opened = set(chain(*self.phases[first : self._shown + 1]))
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = sorted(float(group["lr"]) for group in groups if not opened.isdisjoint(group["params"]))
-        lr = f"{rates[0]:.3g}" if rates[0] == rates[-1] else f"{rates[0]:.3g} to {rates[-1]:.3g}"
+        lrs = sorted(float(group["lr"]) for group in groups if not opened.isdisjoint(group["params"]))
+        lr = f"{lrs[0]:.3g}" if lrs[0] == lrs[-1] else f"{lrs[0]:.3g} to {lrs[-1]:.3g}"
         names, now = ", ".join(chain(*self.blocks[first : self._shown + 1])), self.blocks[: self._shown + 1]
         say(
             f"unfreezing: step {trainer.global_step}, epoch {trainer.current_epoch}: {names} open, {counted(opened)} "
@@ -336,13 +323,13 @@ def _check_groups(trainer: Trainer, phases: Sequence[Blocks]) -> None:
 def _check_early_stops(trainer: Trainer, last_opening: float) -> None:
     """Refuse an early stop that may come before the last blocks open."""
     per_epoch, batches = steps_per_epoch(trainer), float(trainer.val_check_batch or math.inf)
-    whole = batches >= trainer.num_training_batches  # its last accumulation may be a short one, and is a step, too
+    whole = batches >= trainer.num_training_batches  # its last, perhaps shorter accumulation is a step, too
     steps = (per_epoch if whole else batches / trainer.accumulate_grad_batches) * (trainer.check_val_every_n_epoch or 1)
-    spared = max(trainer.min_steps or 0, (trainer.min_epochs or 0) * per_epoch if trainer.min_epochs else 0.0)
+    least = max(trainer.min_steps or 0, trainer.min_epochs * per_epoch if trainer.min_epochs else 0.0)
     for stop in trainer.callbacks:  # type: ignore[attr-defined]
         if is_kind(stop, "EarlyStopping") and not getattr(stop, "waits_for_phases", False):
             earliest = (stop.patience + 1) * steps
-            if max(earliest, spared) <= last_opening:
+            if max(earliest, least) <= last_opening:
                 raise ValueError(
                     f"EarlyStopping on {stop.monitor} (patience {stop.patience}) could end the run before the last "
                     "blocks open: raise its patience, set min_epochs, or use PhaseAwareEarlyStopping"

@@ -1,4 +1,4 @@
-"""What the callbacks of this folder say, and how they list, count and correct names."""
+"""Log lines of this folder's callbacks, and names in them: listed, counted, corrected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__package__)
 
 
 def say(text: str, *values: Any) -> None:
-    """To this project's log or, where that shows no information, to where Lightning says things, once."""
+    """Log information here or, where this logger shows none, once through Lightning's."""
     (log.info if log.isEnabledFor(logging.INFO) else rank_zero_info)(text, *values)
 
 
@@ -25,12 +25,12 @@ def some(names: Sequence[str]) -> str:
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Numbers in these parameters."""
+    """Number of elements of these parameters."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def counted(parameters: set[nn.Parameter]) -> str:
-    """Tensors and numbers, as words."""
+    """How many tensors and elements, in words."""
     return f"{len(parameters)} tensors, {count(parameters):,} parameters"
 
 

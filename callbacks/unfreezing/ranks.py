@@ -1,4 +1,4 @@
-"""What several ranks need when parameters open: DDP wrapped anew, weights compared."""
+"""What several ranks need when parameters open: a new DDP wrapper, a comparison of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Under DDP, wrap the module anew, for its reducer serves the parameters that train at the time of wrapping.
+    """Under DDP, wrap the module anew: the reducer knows the parameters that train at the time of wrapping only.
 
     All ranks must call it at the same step, between an update and the next forward pass.
     """
@@ -26,33 +26,25 @@ def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def compare_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Stop the run where weights differ between ranks.
-
-    Raises:
-        RuntimeError: They do.
-    """
+    """Raises a RuntimeError where weights differ between ranks."""
     if trainer.world_size > 1:
         own = int(weight_hash(pl_module.parameters()))
         if not trainer.strategy.reduce_boolean_decision(own == trainer.strategy.broadcast(own)):
             raise RuntimeError(
                 f"step {trainer.global_step}: weights differ between ranks, so each trains a model of its own; was a "
-                "parameter changed on one rank only, or left out of DDP's reduction?"
+                "parameter changed on one rank only, or ignored by DDP's reduction?"
             )
 
 
 def weight_hash(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A sum over the bits of all numbers, each tensor weighted by its place; one whole number."""
+    """A sum over the bits of all elements, each tensor weighted by its place; one integer."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = [p.detach().contiguous().view(integers[p.element_size()]) for p in parameters]
     return torch.stack([place * b.sum(dtype=torch.int64) for place, b in enumerate(bits, 1)]).sum()
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which opening parameters later would go wrong.
-
-    Raises:
-        ValueError: The strategy is neither DDP nor a single device.
-    """
+    """Raises a ValueError for strategies under which opening parameters later would go wrong."""
     if not is_kind(trainer.strategy, "DDPStrategy", "SingleDeviceStrategy"):
         raise ValueError(
             f"GradualUnfreezing works on one device and under DDP; {type(trainer.strategy).__name__} fixes what "

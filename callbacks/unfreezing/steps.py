@@ -22,7 +22,7 @@ def step_at_epoch(trainer: Trainer, epoch: float) -> float:
     if not math.isfinite(per_epoch):
         return math.inf
     epochs, batches, done = loop.epoch_progress.current, loop.epoch_loop.batch_progress, 0.0
-    if vars(epochs)["started"] > trainer.current_epoch:  # amid an epoch
+    if vars(epochs)["started"] > trainer.current_epoch:  # during an epoch
         last = batches.is_last_batch
         done = per_epoch if last else vars(batches.current)["processed"] // trainer.accumulate_grad_batches
     return trainer.global_step + (epoch - trainer.current_epoch) * per_epoch - done

@@ -535,7 +535,7 @@ def test_values_out_of_range_are_refused() -> None:
 
 def test_checkpoints_that_would_hold_raw_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="save_weights_only=True callbacks have no say .* in place of EMA's; leave it off"
+        ValueError, match="save_weights_only=True callbacks cannot change .* in place of EMA's; leave it off"
     ):
         fit(EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
 
@@ -544,7 +544,7 @@ def test_checkpoints_that_would_hold_raw_weights_are_refused(tmp_path: Path) -> 
 def test_a_second_callback_that_replaces_the_weights_is_refused(other: Callback) -> None:
     class Another(EMA): ...
 
-    with pytest.raises(ValueError, match="would both replace the weights; take one of them"):
+    with pytest.raises(ValueError, match="would both replace the weights; use one of them"):
         fit(Another(), other)
 
 
@@ -562,7 +562,7 @@ def test_strategies_that_divide_the_weights_are_refused() -> None:
 def test_a_checkpoint_without_an_average_begins_one_with_a_warning(tmp_path: Path) -> None:
     fit(SaveEverywhere(tmp_path))
     raw = Raw()
-    with pytest.warns(UserWarning, match="the checkpoint holds nothing of EMA: it begins with these weights"):
+    with pytest.warns(UserWarning, match="the checkpoint holds nothing of EMA: it begins with its weights"):
         _, net = fit(EMA(0.8), raw, ckpt_path=tmp_path / "8.ckpt")
     assert close(weights_of(net), average_of(raw.after, 0.8))
 

@@ -403,7 +403,7 @@ def test_what_cannot_be_is_refused_before_the_first_step() -> None:
         fit(AGC(exclude=["^haed"]))
     with pytest.raises(ValueError, match="expected ratio and eps above 0, received 0 and 0.001"):
         AGC(0)
-    with pytest.raises(ValueError, match="expected a percentile from 0 to 100, received 120; the paper takes 10"):
+    with pytest.raises(ValueError, match="expected a percentile from 0 to 100, received 120; the paper uses 10"):
         AutoClip(120)
     with pytest.raises(ValueError, match="expected 0 <= warmup_steps < history, received 5 and 5"):
         AutoClip(history=5, warmup_steps=5)

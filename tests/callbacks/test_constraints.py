@@ -360,7 +360,7 @@ def test_the_log_says_when_a_bound_begins_and_ends(caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO", "callbacks.constraints"):
         fit(RateBounds(maximum=0.4, pattern="head"), net=Net(scheduled=True))
     lines = [record.getMessage() for record in caplog.records if record.name == "callbacks.constraints"]
-    assert lines == ["rate of group 'head': 0.5 -> 0.4", "rate of group 'head': 0.346"]
+    assert lines == ["learning rate of group 'head': 0.5 -> 0.4", "learning rate of group 'head': 0.346"]
 
 
 def test_a_frozen_group_is_left_alone() -> None:

@@ -14,8 +14,6 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from callbacks.report.evaluation import (
-    bca,
-    bootstrap,
     calibration,
     class_centres,
     class_scores,
@@ -28,9 +26,9 @@ from callbacks.report.evaluation import (
     nearest_centre,
     score_evaluation,
     spearman,
-    wilson,
     worst_pairs,
 )
+from callbacks.report.intervals import bca, bootstrap, wilson
 
 
 def made(samples: int = 400, classes: int = 7, skill: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,12 +174,12 @@ def test_what_training_step_computes_itself_is_named_so() -> None:
     )
 
 
-def test_spoiled_weights_are_named() -> None:
+def test_broken_weights_are_named() -> None:
     net = Net(nn.Linear(8, 8), nn.Linear(8, 8))
     with torch.no_grad():
         net.parts[1].bias[3] = math.nan  # type: ignore[index, operator]
     text = message(net)
-    assert "is parts.1 (Linear), because its bias is not; an earlier step has spoiled it" in text
+    assert "is parts.1 (Linear), because its bias is not; an earlier step has broken it" in text
 
 
 class Rows(Dataset[Any]):
@@ -198,9 +198,7 @@ class Rows(Dataset[Any]):
 @pytest.mark.parametrize("planted", [math.inf, math.nan])
 def test_an_input_is_named_with_its_key_its_row_and_its_sample(planted: float) -> None:
     text = message(Net(), DataLoader(Rows(planted, 10), batch_size=4))
-    wanted = (
-        'step 2, epoch 0, batch 2: the input is not finite already: batch["x"], row 2 (sample 110); look at the data'
-    )
+    wanted = 'step 2, epoch 0, batch 2: the input is not finite already: batch["x"], row 2 (sample 110); check the data'
     assert wanted in text and "learning rate" not in text
     x, y = data()
     x[9, 0] = planted
@@ -224,7 +222,7 @@ def test_what_does_not_come_again_is_said_so_and_so_is_what_raises() -> None:
         def on_before_backward(self, loss: Tensor) -> None:
             self.again = True
 
-    assert "the same batch, run again, is finite, so it comes and goes by chance" in message(Once())
+    assert "the same batch, run again, is finite, so it happens at random" in message(Once())
 
     class Raises(Once):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -372,7 +370,7 @@ def test_on_a_gpu_gradients_are_read_one_step_later(like_a_gpu: None) -> None:
     assert steps.steps == 3
 
 
-def test_on_a_gpu_spoiled_weights_are_not_saved(like_a_gpu: None) -> None:
+def test_on_a_gpu_broken_weights_are_not_saved(like_a_gpu: None) -> None:
     options: dict[str, Any] = {"net": Net(nn.Linear(8, 8), Root()), "enable_checkpointing": True}
     with pytest.raises(NonFiniteError, match="gradient in step 0, epoch 0, batch 0: 6 of 8 gradients"):
         fit(StopOnNonFinite(), ModelCheckpoint("here", every_n_train_steps=1), **options)
@@ -694,7 +692,7 @@ def test_between_full_checks_small_tensors_stand_for_large_ones(monkeypatch: pyt
 
     for at, text in (
         (0, "gradient in step 0, .* 1 of 6 gradients are not finite, first in backward order that of head.weight"),
-        (3, r"loss in step 4, .* is head \(Linear\), because its weight is not; an earlier step has spoiled it"),
+        (3, r"loss in step 4, .* is head \(Linear\), because its weight is not; an earlier step has broken it"),
         (10, "gradient in step 10, .* that of head.weight"),
     ):
         with pytest.raises(NonFiniteError, match=text):

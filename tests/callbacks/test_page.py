@@ -12,7 +12,7 @@ import torch
 import callbacks.report.page as page_module
 from callbacks.report.comparison import main
 from callbacks.report.evaluation import evaluation, label_evaluation, score_evaluation
-from callbacks.report.facts import existing, shortened
+from callbacks.report.facts import runnable_commands, shortened
 from callbacks.report.figures import (
     DEEPEST,
     confusion_figure,
@@ -222,7 +222,7 @@ def test_names_lose_the_folder_that_all_lie_in() -> None:
 def test_a_checkpoint_that_is_not_there_is_not_named(own_folder: Path) -> None:
     (own_folder / "last.ckpt").touch()
     commands = {"go on": "x fit --ckpt_path last.ckpt", "use": "x predict --ckpt_path best.ckpt", "again": "x fit"}
-    assert list(existing(commands)) == ["go on", "again"]
+    assert list(runnable_commands(commands)) == ["go on", "again"]
 
 
 def test_the_second_picture_of_a_pair_is_explained() -> None:

@@ -422,14 +422,14 @@ def test_lbfgs_without_a_line_search_takes_gradients_and_all_else_is_refused() -
     net = fit(L2(1e3), net=Net(LBFGS), limit_train_batches=1)
     assert all(p.detach().norm() < 0.5 * weights(Net())[name].norm() for name, p in used(net, 2))
     for callback, build in ((L1(0.1), LBFGS), (L2SP(0.1), LBFGS), (L2(0.1), SEARCH), (L1(0.1, "gradient"), SEARCH)):
-        with pytest.raises(ValueError, match="L-BFGS has no rate per step .* or another optimiser"):
+        with pytest.raises(ValueError, match="L-BFGS has no learning rate per step .* or another optimiser"):
             fit(callback, net=Net(build))
 
 
 def test_what_cannot_be_is_refused_before_the_first_step() -> None:
     with pytest.raises(ValueError, match=r"pattern '\^haed' matches no parameter; did you mean 'head'\?"):
         fit(L2(0.1, ["^haed"]))
-    with pytest.raises(ValueError, match="pattern 'zzz' matches no parameter; it is looked for in dotted names"):
+    with pytest.raises(ValueError, match="pattern 'zzz' matches no parameter; it is searched for in dotted names"):
         fit(L2SP(0.1, ["zzz"]))
     with pytest.raises(ValueError, match="leave no parameter but norms and biases; set norms_and_biases=True"):
         fit(L1(0.1, patterns=["norm"]))

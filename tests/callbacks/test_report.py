@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from callbacks import ExactResume, GradualUnfreezing, Report
 from callbacks.report.callback import MOST_POINTS
 from callbacks.report.comparison import main as report_of
-from callbacks.report.facts import grouped, is_better, plain, spread
+from callbacks.report.facts import as_json, balanced_subset, groups_by_block, is_better
 from callbacks.report.figures import as_uri
-from callbacks.report.outputs import Predictions, classified, gathered, load_predictions, save_predictions
+from callbacks.report.outputs import Predictions, find_outputs, gather_outputs, load_predictions, save_predictions
 from callbacks.report.page import render
 from datamodules import Digits
 from recipes.text import main as text
@@ -360,7 +360,9 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
     differences = content.split("What differs in their configs")[1].split("</pre>")[0]
     assert [line.split() for line in differences.splitlines() if "max_epochs" in line][-1] == ["+", "max_epochs:", "3"]
     other = vision([*QUICK, "--test", "--trainer.max_epochs=1", "--data.classes=[0,1,2,3,4]"])
-    with pytest.raises(ValueError, match="judged other samples .* compare runs with the same data, seed and split"):
+    with pytest.raises(
+        ValueError, match="evaluated on other samples .* compare runs with the same data, seed and split"
+    ):
         report_of([runs[0], other.folder])
     with pytest.raises(FileNotFoundError, match="give the folder of a finished run"):
         report_of([own_folder])
@@ -383,7 +385,7 @@ def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
     ],
 )
 def test_where_logits_and_labels_are_looked_for(outputs: Any, batch: Any, found: list[int] | None) -> None:
-    made = classified(outputs, batch, torch.zeros(2, 3))
+    made = find_outputs(outputs, batch, torch.zeros(2, 3))
     assert (None if made is None else made[1].tolist()) == found
 
 
@@ -411,18 +413,18 @@ def test_a_curve_stays_short(own_folder: Path) -> None:
 
 def test_small_things() -> None:
     labels = torch.tensor([0] * 50 + [1] * 3 + [2])
-    rows = spread(labels, 9)
+    rows = balanced_subset(labels, 9)
     assert torch.bincount(labels[rows]).tolist() == [5, 3, 1] and rows.tolist() == sorted(rows.tolist())
     one, two = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    groups = grouped([{"name": "a", "params": [one]}, {"name": "a/no_decay", "params": [two]}, {"params": []}])
+    groups = groups_by_block([{"name": "a", "params": [one]}, {"name": "a/no_decay", "params": [two]}, {"params": []}])
     assert list(groups) == ["a", "group 2"] and groups["a"][0] == [one, two]
-    assert list(grouped([{"name": "a/weight", "params": []}, {"name": "a/bias", "params": []}])) == [
+    assert list(groups_by_block([{"name": "a/weight", "params": []}, {"name": "a/bias", "params": []}])) == [
         "a/weight",
         "a/bias",
     ]
     assert is_better(1.0, None, "max") and is_better(0.5, 1.0, "min") and not is_better(float("nan"), 1.0, "min")
     assert is_better(1.0, float("nan"), "max") and is_better(None, 1.0, "max") and not is_better(1.0, 1.0, "max")
-    assert plain({"a": (float("inf"), 1.5), 2: "x"}) == {"a": [None, 1.5], "2": "x"}
+    assert as_json({"a": (float("inf"), 1.5), 2: "x"}) == {"a": [None, 1.5], "2": "x"}
     picture = as_uri(torch.rand(1, 300, 200), torch.rand(7, 7))
     assert picture.startswith("data:image/jpeg;base64,") and len(picture) < 10_000
 
@@ -435,14 +437,14 @@ def test_what_fills_up_a_ranks_last_batch_counts_once(monkeypatch: pytest.Monkey
         everyone[:] = [one, theirs]
 
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    made = gathered([mine], 2)
+    made = gather_outputs([mine], 2)
     assert made is not None and made[2].tolist() == [0, 1, 2, 3, 4] and made[1].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_an_output_of_another_width_is_no_logits() -> None:
     batch = (torch.zeros(2, 5), torch.tensor([1, 0]))
-    assert classified(None, batch, torch.zeros(2, 16), classes=3) is None
-    assert classified(None, batch, torch.zeros(2, 3), classes=3) is not None
+    assert find_outputs(None, batch, torch.zeros(2, 16), classes=3) is None
+    assert find_outputs(None, batch, torch.zeros(2, 3), classes=3) is not None
 
 
 class Odd:

@@ -184,7 +184,7 @@ class SaveInOddPlaces(SaveEverywhere):
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not trainer.sanity_checking:
-            self.save(trainer, "amid validation")
+            self.save(trainer, "during validation")
 
 
 def shuffled(workers: int = 0, noise: float = 0.0, **options: Any) -> DataLoader[Any]:
@@ -461,7 +461,7 @@ def test_pictures_and_their_augmentation_resume_exactly_in_worker_processes(tmp_
         assert differences(whole, run(ckpt_path=path)) == []
 
 
-def test_what_workers_draw_at_random_is_not_exact_amid_an_epoch(tmp_path: Path) -> None:
+def test_what_workers_draw_at_random_is_not_exact_during_an_epoch(tmp_path: Path) -> None:
     # A limit: a worker's generator goes on from batch to batch. At the start of an epoch it is exact, with workers
     # that do not live on.
     def data() -> DataLoader[Any]:
@@ -503,7 +503,7 @@ def test_a_run_that_was_told_to_terminate_resumes_exactly(hook: str, batch: int,
     assert differences(whole, resumed) == []
 
 
-def test_a_checkpoint_from_amid_a_step_is_repeated_with_a_warning(tmp_path: Path) -> None:
+def test_a_checkpoint_from_within_a_step_is_repeated_with_a_warning(tmp_path: Path) -> None:
     class Fails(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
             if trainer.fit_loop.total_batch_idx == 6:  # the epoch's last, at which Lightning would end it early
@@ -513,7 +513,7 @@ def test_a_checkpoint_from_amid_a_step_is_repeated_with_a_warning(tmp_path: Path
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(shuffled, Fails(), save)
     trace = Trace()
-    with pytest.warns(UserWarning, match="written amid a training step, which is repeated: gradients accumulated"):
+    with pytest.warns(UserWarning, match="saved during a training step, which is repeated: gradients accumulated"):
         fit(shuffled, trace, ckpt_path=tmp_path / "failed.ckpt")
     assert trace.events[0][:4] == ("batch", 0, 6, 6) and len(trace.events) == 2 + 3 + 1 + 14 + 3
 
@@ -534,7 +534,7 @@ def on_two_ranks(folder: Path, name: str, *callbacks: Callback, **options: Any) 
 def test_two_ranks_resume_exactly_and_draw_different_numbers(tmp_path: Path) -> None:
     whole = on_two_ranks(tmp_path, "whole", SaveEverywhere(tmp_path))
     assert not set(whole[0]["drawn"]) & set(whole[1]["drawn"])
-    for number in (1, 2, 3, 4, 5):  # amid an epoch, at its last batch, after its validation, at its end, in the next
+    for number in (1, 2, 3, 4, 5):  # within an epoch, at its last batch, after its validation, at its end, in the next
         again = on_two_ranks(tmp_path, "again", ckpt_path=tmp_path / f"{number}.ckpt")
         for one, other in zip(whole, again, strict=True):
             assert other["drawn"] == one["drawn"][-len(other["drawn"]) :]
@@ -542,7 +542,7 @@ def test_two_ranks_resume_exactly_and_draw_different_numbers(tmp_path: Path) -> 
             assert [line for line in lines if "running_" not in line] == [], "each rank's own statistics apart"
 
 
-def test_gradients_amid_an_accumulation_over_ranks_are_right_to_rounding(tmp_path: Path) -> None:
+def test_gradients_during_an_accumulation_over_ranks_are_right_to_rounding(tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "schedule": "none", "limit_val_batches": 0}
     whole = on_two_ranks(tmp_path, "whole", SaveEverywhere(tmp_path), **options)[0]
     again = on_two_ranks(tmp_path, "again", ckpt_path=tmp_path / "1.ckpt", **options)[0]
@@ -562,7 +562,7 @@ def saved(folder: Path, batch: int = 3, **options: Any) -> Path:
     return save.saved[batch][2]
 
 
-def test_rates_that_the_checkpoint_overrules_are_named(tmp_path: Path) -> None:
+def test_learning_rates_that_the_checkpoint_overrides_are_named(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.warns(UserWarning) as caught:
         trainer, _ = fit(shuffled, ckpt_path=path, make=partial(Net, lr=0.001, steps=60))
@@ -593,7 +593,7 @@ def test_schedulers_that_do_not_fit_are_named(tmp_path: Path) -> None:
     checkpoint = torch.load(path)
     checkpoint["lr_schedulers"][0]["last_epoch"] = 2
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match="CosineAnnealingLR stands at step 2, the run at 4"):
+    with pytest.warns(UserWarning, match="CosineAnnealingLR is at step 2, the run at 4"):
         fit(shuffled, ckpt_path=path)
 
 
@@ -604,7 +604,7 @@ def test_nothing_is_said_where_all_is_as_it_was(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_a_run_without_the_callback_is_resumed_with_a_warning(tmp_path: Path) -> None:
     path = saved(tmp_path, 8, exact=False, schedule="plateau")
-    lost = "written without ExactResume; a step of ReduceLROnPlateau is lost: the checkpoint lacks val/loss"
+    lost = "saved without ExactResume; a step of ReduceLROnPlateau is lost: the checkpoint lacks val/loss"
     with pytest.warns(UserWarning, match=lost):
         fit(shuffled, ckpt_path=path, schedule="plateau")
 

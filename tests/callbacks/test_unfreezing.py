@@ -321,7 +321,7 @@ def test_the_first_rank_decides_for_all() -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"monitor 'acc' is not logged; there are val/loss"):
+    with pytest.raises(ValueError, match=r"monitor 'acc' is not logged; logged are val/loss"):
         fit([GradualUnfreezing(monitor="acc")])
 
 
@@ -726,10 +726,10 @@ def test_an_early_stop_is_reckoned_with_short_last_accumulations() -> None:
 @pytest.mark.parametrize(
     ("callbacks", "words"),
     [
-        ([Freeze(1), Freeze(2)], "two Freeze would each open"),
-        ([GradualUnfreezing(), GradualUnfreezing(every_epochs=1)], "two GradualUnfreezing would each open"),
-        ([Freeze(1), BackboneFinetuning()], "Freeze and BackboneFinetuning would each open"),
-        ([BackboneFinetuning(), GradualUnfreezing()], "GradualUnfreezing and BackboneFinetuning would each open"),
+        ([Freeze(1), Freeze(2)], "two Freeze would each unfreeze"),
+        ([GradualUnfreezing(), GradualUnfreezing(every_epochs=1)], "two GradualUnfreezing would each unfreeze"),
+        ([Freeze(1), BackboneFinetuning()], "Freeze and BackboneFinetuning would each unfreeze"),
+        ([BackboneFinetuning(), GradualUnfreezing()], "GradualUnfreezing and BackboneFinetuning would each unfreeze"),
     ],
 )
 def test_two_that_freeze_are_refused(callbacks: list[Any], words: str) -> None:
