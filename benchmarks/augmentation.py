@@ -23,7 +23,7 @@ from benchmarks.cifar import of_classes
 from benchmarks.measure import write_result
 from callbacks import LRWarmup
 from datamodules.images.base import ImageDataModule
-from datamodules.images.sources import PictureArray, Pictures
+from datamodules.images.sources import ImageArray, ImageSource
 from recipes.parts.schedules import Cosine
 from recipes.vision import VisionClassifier
 
@@ -58,16 +58,16 @@ class Five(ImageDataModule):
         """Numbers of the classes."""
         return [str(label) for label in self.classes]
 
-    def read_splits(self) -> dict[str, Pictures]:
+    def read_splits(self) -> dict[str, ImageSource]:
         """Images to train on from the first 3,000 of each class; to test on, 800 others of each."""
         random = torch.Generator().manual_seed(self.draw)
         pixels, labels = of_classes("train", self.classes, 0, 3000)
         chosen = torch.cat([label * 3000 + torch.randperm(3000, generator=random)[: self.images] for label in range(5)])
         others, truth = of_classes("train", self.classes, 3200, 4000)
         as_rows = partial(torch.permute, dims=(0, 2, 3, 1))
-        test = PictureArray(as_rows(others).contiguous(), truth, "test")
+        test = ImageArray(as_rows(others).contiguous(), truth, "test")
         return {
-            "train": PictureArray(as_rows(pixels[chosen]).contiguous(), labels[chosen], "train"),
+            "train": ImageArray(as_rows(pixels[chosen]).contiguous(), labels[chosen], "train"),
             "val": test,
             "test": test,
         }

@@ -30,8 +30,8 @@ from benchmarks.measure import used, write_result
 from datamodules import HuggingFaceImages, ImageFolder
 from datamodules.files.index import list_files
 from datamodules.images.decoding import readable_endings
-from datamodules.images.inspection import inspect_pictures
-from datamodules.images.sources import PictureFiles
+from datamodules.images.inspection import inspect_images
+from datamodules.images.sources import ImageFiles
 
 PICTURES, EPOCHS, ROUNDS = 600, 2, 3
 
@@ -157,9 +157,9 @@ def main() -> None:
             figures[way] = {"per_wall_s": round(wall, 1), "per_cpu_s": round(cpu, 1)}
         write_pictures(Path(folder) / "small", 20_000, 32, 32)
         paths = list_files(Path(folder) / "small", readable_endings())
-        pictures = PictureFiles(paths, torch.zeros(len(paths)), f"{folder}/small")
+        pictures = ImageFiles(paths, torch.zeros(len(paths)), f"{folder}/small")
         started = time.perf_counter()
-        inspect_pictures({"train": pictures}, ["all"], workers=2)
+        inspect_images({"train": pictures}, ["all"], workers=2)
         figures["doctor_per_s"] = round(len(paths) / (time.perf_counter() - started))
         figures["million"] = million(Path(folder) / "million")
     if "FINETUNING_DATA" in os.environ:

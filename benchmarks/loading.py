@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from benchmarks.measure import interleaved, write_result
 from datamodules.images.base import ImageDataModule
-from datamodules.images.sources import PictureArray, Pictures
+from datamodules.images.sources import ImageArray, ImageSource
 
 SIZE, IMAGES, BATCH, ROUNDS = 32, 10_000, 128, 7
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
@@ -31,9 +31,9 @@ class Arrays(ImageDataModule):
     def class_names(self) -> list[str]:
         return [str(label) for label in range(10)]
 
-    def read_splits(self) -> dict[str, Pictures]:
+    def read_splits(self) -> dict[str, ImageSource]:
         pixels = torch.randint(0, 256, (IMAGES, SIZE, SIZE, 3), dtype=torch.uint8)
-        return {"train": PictureArray(pixels, torch.arange(IMAGES) % 10, "random")}
+        return {"train": ImageArray(pixels, torch.arange(IMAGES) % 10, "random")}
 
 
 class PerSample(torch.utils.data.Dataset[Any]):
@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = Arrays(batch_size=BATCH, image_size=SIZE, augment="standard", val_share=0.01)
     data.setup("fit")
-    pixels = data.splits["train"].pictures.pixels.numpy()[: len(data.splits["train"].labels)]  # type: ignore
+    pixels = data.splits["train"].images.pixels.numpy()[: len(data.splits["train"].labels)]  # type: ignore
     usual = torch.utils.data.DataLoader(PerSample(pixels), BATCH, shuffle=True, drop_last=True)
     ours = data.train_dataloader()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))

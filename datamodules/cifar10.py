@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torchvision import datasets
 
+from .files.official import download
 from .images.base import ImageDataModule
-from .images.sources import PictureArray, Pictures
+from .images.sources import ImageArray, ImageSource
 
 
 class CIFAR10(ImageDataModule):
@@ -25,34 +26,24 @@ class CIFAR10(ImageDataModule):
         **kwargs: Those of `ImageDataModule`.
     """
 
+    official_train_size = 50_000
+
     def __init__(self, root: str | Path = "data/cifar10", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
 
     @property
-    def expected_samples(self) -> int:
-        """Training images that will be there, before any file is."""
-        return self.kept_of(50_000)
-
-    @property
     def class_names(self) -> list[str]:
-        """The ten classes."""
         return ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
     def prepare_data(self) -> None:
-        """Download the archive unless its files are there and intact."""
-        try:
-            datasets.CIFAR10(str(self.root), train=True, download=True)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"CIFAR-10 is not in {self.root} and cannot be downloaded ({error}). Put cifar-10-python.tar.gz "
-                "from https://www.cs.toronto.edu/~kriz/cifar.html there, or set data.root to where it is."
-            ) from error
+        home = "https://www.cs.toronto.edu/~kriz/cifar.html"
+        download(datasets.CIFAR10, self.root, self.root, f"cifar-10-python.tar.gz from {home}")
 
-    def read_splits(self) -> dict[str, Pictures]:
+    def read_splits(self) -> dict[str, ImageSource]:
         """Read the pickled batches; torchvision checks their checksums first."""
-        splits: dict[str, Pictures] = {}
+        splits: dict[str, ImageSource] = {}
         for name in ("train", "test"):
             images = datasets.CIFAR10(str(self.root), train=name == "train")
-            splits[name] = PictureArray(torch.from_numpy(images.data), torch.tensor(images.targets), f"cifar10/{name}")
+            splits[name] = ImageArray(torch.from_numpy(images.data), torch.tensor(images.targets), f"cifar10/{name}")
         return splits

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .images.base import ImageDataModule
-from .images.sources import PictureArray, Pictures, Subset
+from .images.sources import ImageArray, ImageSource, Subset
 from .sampling.splits import stratified_split
 
 TEST_SHARE, TEST_SEED = 0.2, 0  # the data set has no test split of its own: this one is the same in every run
@@ -36,21 +36,19 @@ class Digits(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The digits themselves."""
         return [str(digit) for digit in self.classes]
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """Read them from the installed scikit-learn."""
+    def read_splits(self) -> dict[str, ImageSource]:
         from sklearn.datasets import load_digits  # slow to import: only where it is used
 
         digits = load_digits()
         grey = torch.from_numpy(digits.images) * (255 / 16)
         pixels = grey.round().to(torch.uint8)[..., None].expand(-1, -1, -1, 3).contiguous()
         labels = torch.from_numpy(digits.target).long()
-        pictures = PictureArray(pixels, labels, "digits")
+        images = ImageArray(pixels, labels, "digits")
         relabelled = torch.full((10,), -1).scatter(0, torch.tensor(self.classes), torch.arange(len(self.classes)))
-        splits: dict[str, Pictures] = {}
+        splits: dict[str, ImageSource] = {}
         for name, rows in zip(("train", "test"), stratified_split(labels, TEST_SHARE, TEST_SEED), strict=True):
             rows = rows[torch.isin(labels[rows], torch.tensor(self.classes))]
-            splits[name] = Subset(pictures, rows, relabelled[labels[rows]])
+            splits[name] = Subset(images, rows, relabelled[labels[rows]])
         return splits

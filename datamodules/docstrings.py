@@ -65,7 +65,6 @@ class Docstrings(TextDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The kinds of modules."""
         return list(KINDS)
 
     def read_splits(self) -> dict[str, Texts]:
@@ -101,7 +100,6 @@ class PackageDocstrings(TextDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """None: the texts have no labels."""
         return []
 
     def read_splits(self) -> dict[str, Texts]:

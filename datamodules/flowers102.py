@@ -7,9 +7,9 @@ from typing import Any
 
 from torchvision import datasets
 
-from .files.official import download, listed
+from .files.official import download, read_official
 from .images.base import ImageDataModule
-from .images.sources import Pictures
+from .images.sources import ImageSource
 
 
 class Flowers102(ImageDataModule):
@@ -23,7 +23,7 @@ class Flowers102(ImageDataModule):
 
     Args:
         root: Folder that holds `flowers-102`; it is downloaded there (345 MB, checksummed) if absent.
-        train_on_val: Whether to train on the validation pictures, too, as many papers do: 2,040 in all, of which
+        train_on_val: Whether to train on the validation images, too, as many papers do: 2,040 in all, of which
             `val_share` is held out.
         **kwargs: Those of `ImageDataModule`.
     """
@@ -37,22 +37,23 @@ class Flowers102(ImageDataModule):
 
     @property
     def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return self.kept_of(2_040) if self.train_on_val else self.kept_of(1_020, own_val=True)
+        """Training images, known before any file is there."""
+        return (
+            self.train_size_after_split(2_040)
+            if self.train_on_val
+            else self.train_size_after_split(1_020, own_val=True)
+        )
 
     @property
     def class_names(self) -> list[str]:
-        """The species."""
         return list(datasets.Flowers102.classes)
 
     def prepare_data(self) -> None:
-        """Download what is not there."""
         home = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
         archives = f"102flowers.tgz, imagelabels.mat and setid.mat from {home}"
         download(datasets.Flowers102, self.root, self.folder, archives)
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name."""
+    def read_splits(self) -> dict[str, ImageSource]:
         splits = {"train": ["train", "val"]} if self.train_on_val else {"train": ["train"], "val": ["val"]}
         splits["test"] = ["test"]
-        return {name: listed(datasets.Flowers102, self.root, self.folder, of) for name, of in splits.items()}
+        return read_official(datasets.Flowers102, self.root, self.folder, splits)

@@ -1,4 +1,4 @@
-"""Any folder of pictures sorted into one folder per class."""
+"""Any folder of images sorted into one folder per class."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .files.index import list_tree
+from .files.index import list_files, list_tree
 from .images.base import ImageDataModule
 from .images.decoding import readable_endings
-from .images.sources import PictureFiles, Pictures, Subset, existing_folder
+from .images.sources import ImageFiles, ImageSource, Subset, existing_folder
 from .sampling.splits import stratified_split
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ SPLITS = {
 
 
 class ImageFolder(ImageDataModule):
-    """Pictures in folders named by class; the ImageNet tree is one of these.
+    """Images in folders named by class; the ImageNet tree is one of these.
 
     Folder, either with splits or without:
 
@@ -39,14 +39,14 @@ class ImageFolder(ImageDataModule):
     Splits: what chooses the checkpoint must not be what is reported. So with `train` and one of `val` and
     `test`, that one is the test and `val_share` of `train` is held out for validation; without any split,
     `test_share` and `val_share` are cut from every class. A log line says what was done.
-    Files: all whose ending Pillow knows, but for drawings that other programs would be run for. What is left out is
+    Files: all whose ending Pillow knows, but for drawings that other programs would be run for. What is omitted is
     counted in the log, by `recipes doctor` and in `omitted`.
     Licence and source: your own.
 
     Args:
         root: The folder.
-        test_share: Part of the pictures kept for the test where there are no split folders.
-        predict_root: Folder, searched through and through, or one picture for `predict`; the test split if not given.
+        test_share: Part of the images kept for the test where there are no split folders.
+        predict_root: Folder, searched through and through, or one image for `predict`; the test split if not given.
         class_names: Names of the classes where the folder need not be there: with `predict_root`, to predict. A
             recipe's CLI fills in the checkpoint's.
         **kwargs: Those of `ImageDataModule`.
@@ -70,8 +70,8 @@ class ImageFolder(ImageDataModule):
     def split_folders(self) -> dict[str, Path]:
         """Folder of each split that exists; only `train`, the root itself, where there are no split folders."""
         if self.root is None:
-            raise ValueError("data.root is not set: give the folder that holds one folder of pictures per class")
-        root = existing_folder(self.root, "one folder of pictures per class, or train/, val/ and test/ of such")
+            raise ValueError("data.root is not set: give the folder that holds one folder of images per class")
+        root = existing_folder(self.root, "one folder of images per class, or train/, val/ and test/ of such")
         folders = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir()]
         found: dict[str, Path] = {}
         for split, names in SPLITS.items():
@@ -101,12 +101,12 @@ class ImageFolder(ImageDataModule):
             raise ValueError(f"{folder} must hold a folder for each of two or more classes; found {names or 'none'}")
         return names
 
-    def read_splits(self) -> dict[str, Pictures]:
+    def read_splits(self) -> dict[str, ImageSource]:
         """List the files; none is opened. With given class names only those to predict."""
-        splits: dict[str, Pictures] = {}
+        splits: dict[str, ImageSource] = {}
         if self.given_names is None:
             splits = {name: self._list(name, folder) for name, folder in self.split_folders.items()}
-            self.leave_out_beside_splits()
+            self.note_beside_splits()
         if splits and "test" not in splits:
             whole = splits["train"]
             kept, held_out = stratified_split(whole.labels, self.test_share, seed=0)
@@ -114,19 +114,17 @@ class ImageFolder(ImageDataModule):
         if self.predict_root is not None:
             root = Path(self.predict_root)
             if not root.exists():
-                raise FileNotFoundError(f"no folder or picture {root}: set data.predict_root to what to predict")
-            if root.is_file():
-                paths: Sequence[str] = [root.name]
-            else:
-                paths, others = list_tree(root, readable_endings())
-                self.leave_out(root, others)
+                raise FileNotFoundError(f"no folder or image {root}: set data.predict_root to what to predict")
+            folder, paths = root.parent, cast(Sequence[str], [root.name])
+            if root.is_dir():
+                folder, (paths, others) = root, list_tree(root, readable_endings())
+                self.note_other_files(root, others)
             if not paths:
-                raise FileNotFoundError(f"no picture in {root}: expected .jpg, .png or others that Pillow reads")
-            folder = root.parent if root.is_file() else root
-            splits["predict"] = PictureFiles(paths, torch.zeros(len(paths)), str(folder))
+                raise FileNotFoundError(f"no image in {root}: expected .jpg, .png or others that Pillow reads")
+            splits["predict"] = ImageFiles(paths, torch.zeros(len(paths)), str(folder))
         return splits
 
-    def _list(self, split: str, folder: Path) -> Pictures:
+    def _list(self, split: str, folder: Path) -> ImageSource:
         strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(self.class_names)
         if strangers:
             raise ValueError(f"{folder} has classes that the training folder has not: {', '.join(sorted(strangers))}")
@@ -138,45 +136,39 @@ class ImageFolder(ImageDataModule):
         if len(loose) == len(paths):
             beside = f"all {len(loose):,} lie in no class folder" if len(loose) else "it is empty"
             raise ValueError(
-                f"no picture for {split} in {folder}: {beside}. Sort them into one folder per class, or call it "
+                f"no image for {split} in {folder}: {beside}. Sort them into one folder per class, or call it "
                 "otherwise; what has no class is for data.predict_root"
             )
         found = set(labels.tolist())
         empty = [name for label, name in enumerate(self.class_names) if label not in found]
         if empty and split == "train":
-            raise ValueError(f"no picture of class {empty[0]!r} in {folder / empty[0]}")
-        self.leave_out(folder, others)
-        pictures = PictureFiles(paths, labels, str(folder))
+            raise ValueError(f"no image of class {empty[0]!r} in {folder / empty[0]}")
+        self.note_other_files(folder, others)
+        images = ImageFiles(paths, labels, str(folder))
         if not len(loose):
-            return pictures
-        lie = "pictures of {} lie" if len(loose) > 1 else "picture of {} lies"
-        first = paths[int(loose[0])]
-        self.omitted.append(f"{len(loose):,} {lie.format(folder)} in no class folder, first {first}")
-        return Subset(pictures, (labels >= 0).nonzero().flatten())
+            return images
+        self.omitted.append(f"images in {folder}, but in no class folder: {len(loose):,}, first {paths[int(loose[0])]}")
+        return Subset(images, (labels >= 0).nonzero().flatten())
 
-    def leave_out(self, folder: Path, others: Mapping[str, int]) -> None:
-        """Note the files of a folder that are none to read, by their endings."""
+    def note_other_files(self, folder: Path, others: Mapping[str, int]) -> None:
+        """Note the files of a folder that are not read, by their endings."""
         if others:
             endings = ", ".join(f"{count:,} {ending or 'without'}" for ending, count in others.items())
-            have = "files of {} have" if sum(others.values()) > 1 else "file of {} has"
-            self.omitted.append(f"{sum(others.values()):,} {have.format(folder)} no picture's ending: {endings}")
+            self.omitted.append(f"files in {folder} without an image's ending: {sum(others.values()):,} ({endings})")
 
-    def leave_out_beside_splits(self) -> None:
+    def note_beside_splits(self) -> None:
         """Note what lies beside the folders of splits."""
         root = existing_folder(str(self.root), "the folders of splits")
         splits = set(self.split_folders.values())
         if root in splits:
             return
-        pictures, beside = 0, []
+        endings, images, beside = readable_endings(), 0, []
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if entry.name[0] == "." or Path(entry.path) in splits:
                 continue
-            if entry.is_dir():
-                found = len(list_tree(entry.path, readable_endings())[0])
-            else:
-                found = entry.name.lower().endswith(readable_endings())
-            pictures += found
-            beside.append(entry.name + "/" * entry.is_dir())
+            is_folder = entry.is_dir()
+            images += len(list_files(entry.path, endings)) if is_folder else entry.name.lower().endswith(endings)
+            beside.append(entry.name + "/" * is_folder)
         if beside:
             some = ", ".join(beside[:5]) + (" ..." if len(beside) > 5 else "")
-            self.omitted.append(f"beside the splits of {root} lie {some}, with pictures: {pictures:,}")
+            self.omitted.append(f"beside the splits of {root} lie {some}, with images: {images:,}")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torchvision import datasets
 
-from .files.official import download, listed
+from .files.official import download, read_official
 from .images.base import ImageDataModule
-from .images.sources import Pictures
+from .images.sources import ImageSource
 
 
 class Food101(ImageDataModule):
@@ -29,27 +29,21 @@ class Food101(ImageDataModule):
     """
 
     num_classes = 101
+    official_train_size = 75_750
 
     def __init__(self, root: str | Path = "data/food101", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
         self.folder = self.root / "food-101"
 
-    @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return self.kept_of(75_750)
-
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The dishes."""
         return [name.replace("_", " ") for name in datasets.Food101(str(self.root)).classes]
 
     def prepare_data(self) -> None:
-        """Download what is not there."""
         home = "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"
         download(datasets.Food101, self.root, self.folder, f"what is in food-101.tar.gz from {home}")
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name."""
-        return {split: listed(datasets.Food101, self.root, self.folder, [split]) for split in ("train", "test")}
+    def read_splits(self) -> dict[str, ImageSource]:
+        splits = {"train": ["train"], "test": ["test"]}
+        return read_official(datasets.Food101, self.root, self.folder, splits)

@@ -1,4 +1,4 @@
-"""Any Hugging Face data set of pictures: from the hub, from Parquet files, or from a folder in its layout."""
+"""Any Hugging Face data set of images: from the hub, from Parquet files, or from a folder in its layout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .files.hub import load_splits
+from .files.hub import class_label_names, load_splits, row_namer
 from .images.base import ImageDataModule
-from .images.sources import Pictures, decode
-from .labels.values import check_each, label_numbers, learn_classes, positions
+from .images.sources import ImageSource, decode
+from .labels.values import check_each, class_numbers, learn_classes
 
 
 class HuggingFaceImages(ImageDataModule):
-    """Pictures that the `datasets` library reads.
+    """Images that the `datasets` library reads.
 
     Contents, licence, source: the data set's. Folder: the library's cache, or the files given.
     Splits: `train_split`, and `val_split` and `test_split` where they are named; else `val_share` of the
@@ -29,7 +29,7 @@ class HuggingFaceImages(ImageDataModule):
         name: Configuration of the data set, where it has several.
         data_files: Split name to file, or to a list or pattern of files.
         revision: Commit or tag on the hub; pin it to get the same data again.
-        image_column: Column of pictures.
+        image_column: Column of images.
         label_column: Column of class labels: a ClassLabel, whole numbers, or names.
         train_split: Name of the split to train on.
         val_split: Name of the validation split, if there is one.
@@ -57,30 +57,29 @@ class HuggingFaceImages(ImageDataModule):
 
     @cached_property
     def tables(self) -> dict[str, Any]:
-        """The splits as `datasets.Dataset`, pictures still encoded; downloads them if they are not there."""
+        """The splits as `datasets.Dataset`, images still encoded; downloads them if they are not there."""
         import datasets  # slow to import: only where it is used
 
         tables = load_splits(self.source, self.split_names, [self.image_column, self.label_column])
-        picture = datasets.Image(decode=False)
-        return {split: table.cast_column(self.image_column, picture) for split, table in tables.items()}
+        image = datasets.Image(decode=False)
+        return {split: table.cast_column(self.image_column, image) for split, table in tables.items()}
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """The ClassLabel's names; else the sorted values of the training split."""
-        return self._names("train") or learn_classes(self._values("train"))
+        return class_label_names(self.tables["train"], self.label_column) or learn_classes(self._values("train"))
 
     def prepare_data(self) -> None:
-        """Download and convert once, on one process of a machine."""
         self.tables  # noqa: B018  a cached property: reading it is the work
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """Read the labels; pictures stay encoded in the memory-mapped table."""
-        return {split: self._pictures(split, table) for split, table in self.tables.items()}
-
-    def _names(self, split: str) -> list[str] | None:
-        """Of a ClassLabel, by number."""
-        names = getattr(self.tables[split].features[self.label_column], "names", None)
-        return None if names is None else list(names)
+    def read_splits(self) -> dict[str, ImageSource]:
+        """Read the labels; images stay encoded in the memory-mapped table."""
+        splits: dict[str, ImageSource] = {}
+        for split, table in self.tables.items():
+            names, where = class_label_names(table, self.label_column), self._where(split)
+            labels = class_numbers(self._values(split), names, self.class_names, where)
+            splits[split] = TableImages(table, self.image_column, labels, f"{self.source['path']}/{split}")
+        return splits
 
     def _values(self, split: str) -> list[Any]:
         """The label column at once: row by row is far slower."""
@@ -89,25 +88,13 @@ class HuggingFaceImages(ImageDataModule):
         return values
 
     def _where(self, split: str) -> Callable[[int], str]:
-        return lambda row: f"row {row} of split {self.split_names[split]!r}"
-
-    def _pictures(self, split: str, table: Any) -> Pictures:
-        values, names, where = self._values(split), self._names(split), self._where(split)
-        if names is None:
-            labels = label_numbers(values, self.class_names, where)
-        else:
-            labels = positions(values, names, self.class_names, where)
-        return TablePictures(table, self.image_column, labels, f"{self.source['path']}/{split}")
+        return row_namer(self.source["path"], self.split_names[split])
 
 
-class TablePictures:
-    """Encoded pictures in a column of a `datasets.Dataset`.
+class TableImages:
+    """Encoded images in a column of a `datasets.Dataset`, cast to `Image(decode=False)`.
 
-    Args:
-        table: The data set, its picture column cast to `Image(decode=False)`.
-        column: The picture column.
-        labels: Classes, `(n,)`.
-        source: Begins the name of a picture that has none.
+    `source` begins the name of an image that has none.
     """
 
     def __init__(self, table: Any, column: str, labels: torch.Tensor, source: str) -> None:
@@ -115,22 +102,19 @@ class TablePictures:
 
     def cell(self, index: int) -> dict[str, Any] | None:
         """Encoded bytes and path of a row, without reading its other columns."""
-        cell: dict[str, Any] | None = self.table.data[self.column][index].as_py()
-        return cell
+        return self.table.data[self.column][index].as_py()  # type: ignore[no-any-return]
 
     def read(self, index: int) -> Image.Image:
-        """Decode one row."""
         cell = self.cell(index)
         if cell is None:
-            raise ValueError(f"row {index} of {self.source} has no picture")
+            raise ValueError(f"row {index} of {self.source} has no image")
         file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
         return decode(file, f"row {index} of {self.source}")
 
     def name(self, index: int) -> str:
-        """The file name stored with the picture, or the row."""
+        """The file name stored with the image, or the row."""
         cell = self.cell(index)
         return (cell and cell["path"]) or f"{self.source}/{index}"
 
     def fingerprint(self) -> str:
-        """The table's, which the `datasets` library keeps."""
         return str(self.table._fingerprint)

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from .files.hub import load_splits
+from .files.hub import class_label_names, load_splits, row_namer
 from .labels.values import (
     IGNORED,
     check_each,
-    label_numbers,
+    class_numbers,
     learn_classes,
+    learn_multi_label_classes,
+    multi_hot,
     positions,
     several_labels,
     several_numbers,
@@ -80,25 +82,13 @@ class HuggingFaceTexts(TextDataModule):
             return []
         if self.problem_type == "regression":
             return [self.label_column]
-        if (names := self.names_of("train")) is not None:
+        if (names := class_label_names(self.tables["train"], self.label_column)) is not None:
             return names
-        values = self.labels_of("train")
-        if self.problem_type == "single_label_classification":
-            return learn_classes(values)
-        width = width_of_indicators(values)
-        return (
-            [str(label) for label in range(width)] if width else learn_classes(one for some in values for one in some)
-        )
-
-    def names_of(self, split: str) -> list[str] | None:
-        """Names of the label column's ClassLabel, or of the one that its lists hold, if it is one."""
-        feature = self.tables[split].features[self.label_column]
-        names = getattr(getattr(feature, "feature", feature), "names", None)
-        return None if names is None else list(names)
+        learn = learn_classes if self.problem_type == "single_label_classification" else learn_multi_label_classes
+        return learn(self.labels_of("train"))
 
     def place(self, split: str) -> Callable[[int], str]:
-        """Names a row of a split."""
-        return lambda row: f"{self.source['path']}, split {self.split_names[split]!r}, row {row}"
+        return row_namer(self.source["path"], self.split_names[split])
 
     def labels_of(self, split: str) -> list[Any]:
         """A split's labels as they are stored; one that is missing, or of another kind, is an error."""
@@ -117,7 +107,6 @@ class HuggingFaceTexts(TextDataModule):
         return values
 
     def read_splits(self) -> dict[str, Texts]:
-        """Labels into memory; texts stay in the memory-mapped table."""
         return {split: self.texts(split, table) for split, table in self.tables.items()}
 
     def texts(self, split: str, table: Any) -> Texts:
@@ -136,16 +125,11 @@ class HuggingFaceTexts(TextDataModule):
         values = self.labels_of(split)
         if self.problem_type == "regression":
             return Texts(texts, torch.tensor([float(value) for value in values]))
-        known, names = self.class_names, self.names_of(split)
+        known, names = self.class_names, class_label_names(table, self.label_column)
         if self.problem_type == "single_label_classification":
-            if names is None:
-                return Texts(texts, label_numbers(values, known, where))
-            return Texts(texts, positions(values, names, known, where))
-        if names is None:
-            indicators = width_of_indicators(self.labels_of("train")) is not None
-            return Texts(texts, several_numbers(values, known, where, indicators=indicators))
-        hot = torch.zeros(len(values), len(known))
-        rows = [row for row, some in enumerate(values) for _ in some]
-        flat = [label for some in values for label in some]
-        hot[rows, positions(flat, names, known, lambda at: where(rows[at]))] = 1
-        return Texts(texts, hot)
+            return Texts(texts, class_numbers(values, names, known, where))
+        if names is not None:
+            hot = multi_hot(values, len(known), where, lambda flat, at: positions(flat, names, known, at))
+            return Texts(texts, hot)
+        indicators = width_of_indicators(self.labels_of("train")) is not None
+        return Texts(texts, several_numbers(values, known, where, indicators=indicators))

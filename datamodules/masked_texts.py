@@ -1,4 +1,4 @@
-"""Texts with words left out, for masked-language pre-training on any text data set."""
+"""Texts with masked words, for masked-language pre-training on any text data set."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from .labels.values import IGNORED
-from .sampling.seeds import Draw, counter_uniform
+from .sampling.draws import Batch, Draw
+from .sampling.seeds import counter_uniform
 from .texts.base import TextDataModule
-from .texts.cache import MANY, progress_bars
-from .texts.tokens import Batch, Texts, TokenBatches, Tokens
+from .texts.cache import MANY, cached_map
+from .texts.tokens import Texts, TokenBatches, Tokens
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -56,12 +57,10 @@ class MaskedTexts(TextDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """None: what is to be found are tokens."""
         return []
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the tokenizer knows."""
         return len(self.tokenizer)
 
     @cached_property
@@ -85,14 +84,12 @@ class MaskedTexts(TextDataModule):
         return AutoTokenizer.from_pretrained(folder)
 
     def training_texts(self, train: Texts) -> Iterator[str]:
-        """Each text of the training split."""
         for column in {"text", "pair"} & set(train.table.column_names):
             for start in range(0, len(train), MANY):
                 rows = range(start, min(start + MANY, len(train)))
                 yield from train.table.select([train.row(index) for index in rows])[column]
 
     def read_splits(self) -> dict[str, Texts]:
-        """Training and validation texts."""
         return {split: texts for split, texts in self.texts.read_splits().items() if split in ("train", "val")}
 
     def setup(self, stage: str | None = None) -> None:
@@ -133,20 +130,10 @@ class MaskedTexts(TextDataModule):
                         found["truncated"].append(False)
             return found
 
-        with progress_bars(len(table) > MANY):
-            pieces = table.map(
-                tokenise,
-                batched=True,
-                with_indices=True,
-                remove_columns=table.column_names,
-                features=datasets.Features(columns),
-                new_fingerprint=self.digest("pieces", self.tokenizer_facts, table._fingerprint),
-                desc="tokenising",
-            )
-        return Pieces(pieces)
+        key = self.digest("pieces", self.tokenizer_facts, table._fingerprint)
+        return Pieces(cached_map(table, tokenise, datasets.Features(columns), key, with_indices=True))
 
     def describe(self, split: str, texts: Texts, tokens: Tokens) -> None:
-        """Say how long the pieces are."""
         super().describe(split, Texts(texts.table, texts.labels, skipped=texts.skipped), tokens)
 
     def inspect(self) -> dict[str, Any]:
@@ -176,7 +163,7 @@ class Pieces(Tokens):
 
 
 class MaskedBatches(TokenBatches):
-    """Whole batches of tokens with words left out.
+    """Whole batches of tokens with masked words.
 
     Args:
         *args: Those of `TokenBatches`.
@@ -192,7 +179,6 @@ class MaskedBatches(TokenBatches):
         self.mask, self.vocab_size, self.share, self.seed, self.train = mask, vocab_size, share, seed, train
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch."""
         batch = super().__getitems__(draws)
         ids, words = batch["input_ids"].numpy(), batch.pop("token_type_ids").numpy()
         words[batch["attention_mask"].numpy() == 0] = -1
@@ -208,7 +194,7 @@ class MaskedBatches(TokenBatches):
 def mask_words(
     ids: npt.NDArray[Any], words: npt.NDArray[Any], uniform: npt.NDArray[Any], share: float, mask: int, vocab_size: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Choose whole words and hide them.
+    """Choose whole words and mask them.
 
     Args:
         ids: Tokens, `(batch, length)`.

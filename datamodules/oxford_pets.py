@@ -9,16 +9,16 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from .files.official import download, listed
+from .files.official import download, read_official
 from .images.base import ImageDataModule
-from .images.sources import Pictures
+from .images.sources import ImageSource
 
 
 class OxfordPets(ImageDataModule):
     """Oxford-IIIT Pet.
 
     Contents: 7,349 RGB photographs of various sizes, 25 breeds of dogs and 12 of cats, about 200 of each; for each
-    picture a map of what is animal (1), background (2) and outline (3).
+    image a map of what is animal (1), background (2) and outline (3).
     Folder: `<root>/oxford-iiit-pet/` with `images/*.jpg`, `annotations/trainval.txt`, `annotations/test.txt` and
     `annotations/trimaps/*.png`.
     Splits: the official 3,669 for the test; `val_share` of the 3,680 others for validation.
@@ -30,34 +30,27 @@ class OxfordPets(ImageDataModule):
     """
 
     num_classes = 37
+    official_train_size = 3_680
 
     def __init__(self, root: str | Path = "data/oxford_pets", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
         self.folder = self.root / "oxford-iiit-pet"
 
-    @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return self.kept_of(3_680)
-
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The breeds."""
         return list(datasets.OxfordIIITPet(str(self.root)).classes)
 
     def prepare_data(self) -> None:
-        """Download what is not there."""
         home = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
         download(datasets.OxfordIIITPet, self.root, self.folder, f"images.tar.gz and annotations.tar.gz from {home}")
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """The files that the lists name."""
+    def read_splits(self) -> dict[str, ImageSource]:
         splits = {"train": ["trainval"], "test": ["test"]}
-        return {name: listed(datasets.OxfordIIITPet, self.root, self.folder, of) for name, of in splits.items()}
+        return read_official(datasets.OxfordIIITPet, self.root, self.folder, splits)
 
     def trimap(self, split: str, index: int) -> Image.Image:
-        """What is animal (1), background (2) and outline (3) in a picture of a split, of the picture's size."""
-        picture = Path(self.splits[split].name(index))
-        with Image.open(picture.parents[1] / "annotations" / "trimaps" / f"{picture.stem}.png") as image:
-            return image.convert("L")
+        """What is animal (1), background (2) and outline (3) in an image of a split, of the image's size."""
+        path = Path(self.splits[split].name(index))
+        with Image.open(path.parents[1] / "annotations" / "trimaps" / f"{path.stem}.png") as trimap:
+            return trimap.convert("L")

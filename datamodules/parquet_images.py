@@ -1,4 +1,4 @@
-"""Pictures in Parquet files, on a disk or far away: more of them than anyone wants to copy first."""
+"""Images in Parquet files, on a disk or far away: more of them than anyone wants to copy first."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import Dataset
 
 from .images.base import ImageDataModule
-from .images.batches import Batch, Decoding
+from .images.batches import Decoding
 from .images.row_groups import RowGroups, RowNamer, Shard, blocks_of, labels_of, read_shards
-from .images.sources import Pictures, Subset, flattened
+from .images.sources import ImageSource, Subset, flattened
 from .labels.values import label_numbers, learn_classes
+from .sampling.draws import Batch
 from .sampling.samplers import BlockSampler, EpochSampler
 from .sampling.seeds import hash_seed
 
@@ -22,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class ParquetImages(ImageDataModule):
-    """Pictures in Parquet files that are read as they are needed, each row group once an epoch and by one rank.
+    """Images in Parquet files that are read as they are needed, each row group once an epoch and by one rank.
 
-    Contents, licence, source: the files'. Layout: Hugging Face's, a column of encoded pictures, as bytes or as
+    Contents, licence, source: the files'. Layout: Hugging Face's, a column of encoded images, as bytes or as
     `{bytes, path}`, and one of labels: whole numbers, with the names that the file's metadata give them, or names.
     Splits: the files of each. Without `val_files`, row groups of the training files that hold `val_share` of them are
     for validation; the test falls back on these with a warning.
 
-    At the start footers and labels are read, and no picture. An epoch permutes the row groups, and samples among
+    At the start footers and labels are read, and no image. An epoch permutes the row groups, and samples among
     `shuffle_rows` neighbours of that order: files whose rows are sorted by class should be shuffled once, when they are
     written. The row groups of these neighbours are held in memory, still encoded. Ranks get equal numbers of steps,
     whatever the sizes of files and row groups; a run resumed amid an epoch goes on with the sample that was next.
@@ -38,7 +39,7 @@ class ParquetImages(ImageDataModule):
         train_files: A file, a pattern or several of these: paths or addresses (`hf://`, `s3://`, `https://`).
         val_files: The same for validation.
         test_files: The same for the test.
-        image_column: Column of pictures.
+        image_column: Column of images.
         label_column: Column of labels.
         shuffle_rows: Samples of a rank among which the order is random.
         **kwargs: Those of `ImageDataModule`; `fold` and `balance`, which need any sample at any time, are refused.
@@ -79,9 +80,8 @@ class ParquetImages(ImageDataModule):
         shards = self.shards["train"]
         return shards[0].names or learn_classes(labels_of(shards))
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """Labels, and where each picture lies."""
-        splits: dict[str, Pictures] = {
+    def read_splits(self) -> dict[str, ImageSource]:
+        splits: dict[str, ImageSource] = {
             split: RowGroups(
                 shards,
                 self.image_column,
@@ -97,7 +97,7 @@ class ParquetImages(ImageDataModule):
             missing = set(train.labels.tolist()) - set(splits["train"].labels.tolist())
             if missing:
                 raise ValueError(
-                    f"no training picture of class {self.class_names[min(missing)]!r} is left when whole row groups "
+                    f"no training image of class {self.class_names[min(missing)]!r} is left when whole row groups "
                     f"are held out for validation: name data.val_files, or shuffle the rows when the files are written"
                 )
         return splits
@@ -113,22 +113,21 @@ class ParquetImages(ImageDataModule):
         return torch.from_numpy(np.isin(blocks, chosen))
 
     def _dataset(self, split: str, *, train: bool) -> Dataset[Batch]:
-        """Where pictures are read from the files, with room for the row groups that are read by turns."""
+        """Where images are read from the files, with room for the row groups that are read by turns."""
         dataset = super()._dataset(split, train=train)
         if isinstance(dataset, Decoding):
-            source, rows = flattened(dataset.pictures)
+            source, rows = flattened(dataset.images)
             assert isinstance(source, RowGroups)
-            dataset.pictures = Subset(source.with_room(self.shuffle_rows if train else 0), rows)
+            dataset.images = Subset(source.with_room(self.shuffle_rows if train else 0), rows)
         return dataset
 
     def _sampler(
         self, split: str, dataset: Dataset[Batch], shuffle: bool, world: int, rank: int
     ) -> EpochSampler | BlockSampler:
-        """By row groups, where pictures are read from the files."""
         if not isinstance(dataset, Decoding):
             return super()._sampler(split, dataset, shuffle, world, rank)
         return BlockSampler(
-            blocks_of(dataset.pictures),
+            blocks_of(dataset.images),
             batch_size=self.batch_size,
             window=self.shuffle_rows,
             shuffle=shuffle,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .files.archives import digest, download, unpack
 from .images.base import ImageDataModule
-from .images.sources import PictureFiles, Pictures, check_there
+from .images.sources import ImageFiles, ImageSource, check_files_exist
 
 HOME = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 ARCHIVES = {  # name -> bytes, SHA-256
@@ -28,7 +28,7 @@ class StanfordDogs(ImageDataModule):
     """Stanford Dogs.
 
     Contents: 20,580 RGB photographs of some 400 x 500 pixels, 120 breeds, 148 to 252 of each, with a box around each
-    dog. They are of ImageNet's training set: weights trained on ImageNet have seen the test pictures.
+    dog. They are of ImageNet's training set: weights trained on ImageNet have seen the test images.
     Folder: `<root>/Images/<breed>/*.jpg`, `<root>/lists/train_list.mat` and `test_list.mat` (or these in `<root>`
     itself), and for boxes `<root>/Annotation/<breed>/*`.
     Splits: the official 12,000 and 8,580; `val_share` of the 12,000 for validation.
@@ -38,12 +38,13 @@ class StanfordDogs(ImageDataModule):
     Args:
         root: The folder. What is not there is unpacked from `images.tar`, `lists.tar` and `annotation.tar` in it, and
             these are downloaded (794 MB, checksummed) if absent.
-        crop_to_box: Whether to cut every picture to the box around its dogs.
+        crop_to_box: Whether to cut every image to the box around its dogs.
         address: Where the archives are.
         **kwargs: Those of `ImageDataModule`.
     """
 
     num_classes = 120
+    official_train_size = 12_000
     expected_archives = ARCHIVES
 
     def __init__(
@@ -53,23 +54,17 @@ class StanfordDogs(ImageDataModule):
         self.root, self.crop_to_box, self.address = Path(root).expanduser(), crop_to_box, address.rstrip("/")
 
     @property
-    def expected_samples(self) -> int:
-        """Training pictures that will be there, before any file is."""
-        return self.kept_of(12_000)
-
-    @property
     def list_folder(self) -> Path:
-        """Where the lists are: in a folder of their own, or beside the pictures as other tools unpack them."""
+        """Where the lists are: in a folder of their own, or beside the images as other tools unpack them."""
         return self.root if (self.root / LISTS["train"]).is_file() else self.root / "lists"
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """The breeds, in the order of the lists' labels."""
         files, labels = read_list(self.list_folder / LISTS["train"])
         folders = dict(zip(labels, (file.split("/")[0] for file in files), strict=True))
         missing = sorted(set(range(self.num_classes)) - set(folders))
         if missing:
-            raise ValueError(f"{self.list_folder / LISTS['train']} has no picture of class {missing[0] + 1}")
+            raise ValueError(f"{self.list_folder / LISTS['train']} has no image of class {missing[0] + 1}")
         return [folders[label].split("-", 1)[1].replace("_", " ") for label in range(self.num_classes)]
 
     def prepare_data(self) -> None:
@@ -105,26 +100,26 @@ class StanfordDogs(ImageDataModule):
                 raise ValueError(f"{archive} is not the archive of {HOME}: remove it, and it is downloaded")
             unpack(archive, self.root / folder, "." if folder == "lists" else folder)  # lists.tar has no folder
 
-    def read_splits(self) -> dict[str, Pictures]:
-        """The pictures that the lists name; all of them must be there."""
-        splits: dict[str, Pictures] = {}
+    def read_splits(self) -> dict[str, ImageSource]:
+        """The images that the lists name; all of them must be there."""
+        splits: dict[str, ImageSource] = {}
         lists = {split: read_list(self.list_folder / name) for split, name in LISTS.items()}
         for split, (files, labels) in lists.items():
             paths = [str(self.root / "Images" / file) for file in files]
-            check_there(paths, "remove the folder Images, and it is unpacked again")
-            splits[split] = PictureFiles(paths, labels)
+            check_files_exist(paths, "remove the folder Images, and it is unpacked again")
+            splits[split] = ImageFiles(paths, labels)
             if self.crop_to_box:
                 boxes = [str(self.root / "Annotation" / file.removesuffix(".jpg")) for file in files]
-                check_there(boxes, "remove the folder Annotation, and it is unpacked again")
+                check_files_exist(boxes, "remove the folder Annotation, and it is unpacked again")
                 splits[split] = BoxedFiles(paths, boxes, labels)
         return splits
 
 
-class BoxedFiles(PictureFiles):
-    """Pictures in files, cut to the boxes around what they show.
+class BoxedFiles(ImageFiles):
+    """Images in files, cut to the boxes around what they show.
 
     Args:
-        paths: The pictures.
+        paths: The images.
         boxes: For each an XML file as in PASCAL VOC.
         labels: Their classes, `(n,)`.
     """
@@ -134,20 +129,18 @@ class BoxedFiles(PictureFiles):
         self.boxes = boxes
 
     def fingerprint(self) -> str:
-        """Changes with the boxes, too."""
-        return super().fingerprint() + PictureFiles(self.boxes, self.labels).fingerprint()
+        return super().fingerprint() + ImageFiles(self.boxes, self.labels).fingerprint()
 
     def read(self, index: int) -> Image.Image:
-        """One picture, cut."""
-        picture = super().read(index)
-        return picture.crop(read_box(self.boxes[index], *picture.size))
+        image = super().read(index)
+        return image.crop(read_box(self.boxes[index], *image.size))
 
 
 def read_box(file: str, width: int, height: int) -> tuple[int, int, int, int]:
     """Left, upper, right and lower end in pixels of the smallest box around all boxes of a file.
 
     Raises:
-        ValueError: It cannot be read, or has no box inside the picture.
+        ValueError: It cannot be read, or has no box inside the image.
     """
     try:
         found = [
@@ -159,7 +152,7 @@ def read_box(file: str, width: int, height: int) -> tuple[int, int, int, int]:
     except Exception as error:  # gone, no XML, an encoding that nobody knows, no number, no box
         raise ValueError(f"cannot read a box from {file}: {error}") from error
     if left >= right or upper >= lower:
-        raise ValueError(f"the box of {file} lies outside its picture of {width} x {height} pixels")
+        raise ValueError(f"the box of {file} lies outside its image of {width} x {height} pixels")
     return left, upper, right, lower
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from .files.archives import digest
 from .labels.values import (
     IGNORED,
-    check_separator,
     label_numbers,
     learn_classes,
+    learn_multi_label_classes,
     several_numbers,
     width_of_indicators,
 )
@@ -91,19 +89,13 @@ class TextFiles(TextDataModule):
     @cached_property
     def training_labels(self) -> list[Any]:
         """Labels of the training texts that can be used, as the files have them."""
-        table = self.table("train")
-        right = [not problem for problem in table.data["problem"].to_pylist()]
-        return list(itertools.compress(table.data["label"].to_pylist(), right))
+        return usable(self.table("train"))[1]
 
     @cached_property
     def labels_found(self) -> list[str]:
-        """The training texts' different labels, sorted."""
-        if not self.many:
-            return learn_classes(self.training_labels)
-        if width := width_of_indicators(self.training_labels):
-            return [str(label) for label in range(width)]
-        check_separator(self.training_labels, self.label_separator)
-        return learn_classes(itertools.chain.from_iterable(self.training_labels))
+        if self.many:
+            return learn_multi_label_classes(self.training_labels, self.label_separator)
+        return learn_classes(self.training_labels)
 
     @property
     def many(self) -> bool:
@@ -112,7 +104,6 @@ class TextFiles(TextDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Those given, or the training texts' labels."""
         if self.label_column is None:
             return []
         if self.problem_type == "regression":
@@ -141,21 +132,17 @@ class TextFiles(TextDataModule):
     def checked(self, split: str, table: Any) -> Texts:
         """A split without the rows that cannot be right, or an error that names the first."""
         problems = table.data["problem"].to_pylist()
+        rows, values = usable(table)
         bad = [row for row, problem in enumerate(problems) if problem]
         if bad and not (self.on_error == "skip" or (self.on_error is None and split == "predict")):
             more = f" (and {len(bad) - 1:,} row{'s' * (len(bad) > 2)} more)" if len(bad) > 1 else ""
             raise ValueError(
-                f"{self.where(split, table, bad[0])}: {problems[bad[0]]}{more}; data.on_error=skip leaves out such rows"
+                f"{self.where(split, table, bad[0])}: {problems[bad[0]]}{more}; data.on_error=skip skips such rows"
             )
-        rows = np.delete(np.arange(len(problems)), bad) if bad else None
-        if not len(problems) - len(bad):
+        if not rows:
             raise ValueError(f"{self.files[split]}: no text in it can be used")
-        labels = table.data["label"]
-        values = (labels if rows is None else labels.take(rows)).to_pylist()
-        numbers = self.numbers(
-            split, values, lambda at: self.where(split, table, at if rows is None else int(rows[at]))
-        )
-        return Texts(table, numbers, None if rows is None else torch.from_numpy(rows), len(bad))
+        numbers = self.numbers(split, values, lambda at: self.where(split, table, rows[at]))
+        return Texts(table, numbers, torch.tensor(rows) if bad else None, len(bad))
 
     def left_out(self, split: str) -> Iterator[tuple[str, str]]:
         """File and line of each row of a split's own file that is skipped, and what is wrong with it."""
@@ -214,3 +201,9 @@ class TextFiles(TextDataModule):
         }
         with progress_bars(sum(file.stat().st_size for file in files) > 200 * MANY):
             return cached_table(key, datasets.Features(features), functools.partial(read_files, files, **options))
+
+
+def usable(table: Any) -> tuple[list[int], list[Any]]:
+    """Rows of a table that nothing is wrong with, and their labels as the files have them."""
+    rows = [row for row, problem in enumerate(table.data["problem"].to_pylist()) if not problem]
+    return rows, table.data["label"].take(rows).to_pylist()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import glob
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..labels.values import check_class_labels
+from ..labels.values import class_labels, some
 
 
 def load_splits(
@@ -45,3 +46,35 @@ def load_splits(
         tables[split] = found[name]
     check_class_labels(source["data_files"], tables)
     return tables
+
+
+def class_label_names(table: Any, column: str) -> list[str] | None:
+    """Names of a column's ClassLabel, or of the one that its lists hold, if it is one."""
+    feature = table.features[column]
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return None if names is None else list(names)
+
+
+def row_namer(path: str, split: str | None) -> Callable[[int], str]:
+    """Names a row of a split, for an error."""
+    return lambda row: f"{path}, split {split!r}, row {row}"
+
+
+def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
+    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
+
+    Raises:
+        ValueError: Names such a file.
+    """
+    import pyarrow.parquet  # comes with datasets
+
+    names = {name: class_label_names(table, name) for table in tables.values() for name in table.column_names}
+    patterns = [one for given in (data_files or {}).values() for one in ([given] if isinstance(given, str) else given)]
+    files = [file for pattern in patterns for file in glob.glob(pattern) if file.endswith(".parquet")]
+    for file in files:
+        for column, own in class_labels(pyarrow.parquet.read_schema(file).metadata).items():
+            if (others := names.get(column)) is not None and others != own:
+                raise ValueError(
+                    f"{file}: the classes of {column!r} are {some(own)}, and elsewhere {some(others)}: all files are "
+                    "read by one order; write them with one ClassLabel"
+                )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..images.sources import PictureFiles, check_there
+from ..images.sources import ImageFiles, ImageSource, check_files_exist
 
 
 def download(kind: Any, root: Path, folder: Path, archives: str) -> None:
-    """Have torchvision's class download what is not there.
+    """Have torchvision's class download what is missing.
 
     Args:
         kind: torchvision's class.
@@ -19,7 +19,7 @@ def download(kind: Any, root: Path, folder: Path, archives: str) -> None:
         archives: What can be put there by hand, and where it comes from.
 
     Raises:
-        FileNotFoundError: Neither the files nor the network are there.
+        FileNotFoundError: Neither the files nor the network can be reached.
     """
     try:
         kind(str(root), download=True)
@@ -30,13 +30,12 @@ def download(kind: Any, root: Path, folder: Path, archives: str) -> None:
         ) from error
 
 
-def listed(kind: Any, root: Path, folder: Path, splits: Sequence[str]) -> PictureFiles:
-    """The files of some of the splits of torchvision's class.
-
-    Raises:
-        FileNotFoundError: One is not there.
-    """
-    parts = [kind(str(root), split=split) for split in splits]
-    paths = [str(path) for part in parts for path in getattr(part, "_image_files", None) or part._images]
-    check_there(paths, f"remove {folder}, and it is unpacked again")
-    return PictureFiles(paths, [label for part in parts for label in part._labels])
+def read_official(kind: Any, root: Path, folder: Path, splits: Mapping[str, Sequence[str]]) -> dict[str, ImageSource]:
+    """The files of torchvision's splits, several of which may be one of ours; a missing file is an error."""
+    found: dict[str, ImageSource] = {}
+    for split, names in splits.items():
+        parts = [kind(str(root), split=name) for name in names]
+        paths = [str(path) for part in parts for path in getattr(part, "_image_files", None) or part._images]
+        check_files_exist(paths, f"remove {folder}, and it is unpacked again")
+        found[split] = ImageFiles(paths, [label for part in parts for label in part._labels])
+    return found

@@ -2,7 +2,8 @@
 
 torchvision's transforms, given a batch, decide once for all of it; given samples, they cost a Python loop.
 Here a batch `(batch, channels, height, width)` stays one tensor on its device, and each image's decisions come
-from uniform numbers `(batch, draws)` that the caller passes in: the functions are pure.
+from uniform numbers in [0, 1), `(batch,)` for each decision, that the caller passes in: the functions are pure.
+Colours and mixing take floats in [0, 1].
 """
 
 from __future__ import annotations
@@ -56,14 +57,11 @@ def shift_and_mirror(images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, *
     """Random crop of the image padded by `reach` reflected pixels, and mirroring, in one gather.
 
     Args:
-        images: `(batch, channels, height, width)`.
-        dy: Uniform in [0, 1), `(batch,)`: vertical place of the crop.
-        dx: Uniform in [0, 1), `(batch,)`: horizontal place of the crop.
+        images: Any type, which stays; returned channels-last.
+        dy: Vertical place of the crop.
+        dx: Horizontal place of the crop.
         mirrored: bool, `(batch,)`.
         reach: Largest shift in pixels; below the image's size.
-
-    Returns:
-        Same shape and type, channels-last.
     """
     batch, channels, height, width = images.shape
     device = images.device
@@ -90,14 +88,8 @@ def _reflect(position: Tensor, size: int) -> Tensor:
 def jitter_colours(
     images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, *, amount: float
 ) -> Tensor:
-    """Scale brightness, contrast and saturation of each image by a factor in [1 - amount, 1 + amount].
-
-    Args:
-        images: float in [0, 1], `(batch, channels, height, width)`.
-        brightness: Uniform in [0, 1), `(batch,)`; so are `contrast` and `saturation`.
-        contrast: As `brightness`, about the image's mean.
-        saturation: As `brightness`, about each pixel's mean over the channels.
-        amount: Largest relative change.
+    """Scale brightness, contrast about the image's mean, and saturation about each pixel's mean over the channels, each
+    by a factor in [1 - amount, 1 + amount].
     """
     b, c, s = ((1 + amount * (2 * u - 1))[:, None, None, None] for u in (brightness, contrast, saturation))
     images = images * b
@@ -112,7 +104,7 @@ def erase_rectangle(images: Tensor, uniform: tuple[Tensor, ...], probability: fl
     The rectangle takes 2 to 33 % of the area with an aspect ratio between 0.3 and 3.3, as in the paper.
 
     Args:
-        images: float, `(batch, channels, height, width)`.
+        images: float.
         uniform: Five or more tensors `(batch,)`: whether, area, aspect ratio, top, left.
         probability: Share of the images in which anything is erased.
     """
@@ -138,14 +130,11 @@ def mix(images: Tensor, target: Tensor, *, mixup: float, cutmix: float, seed: in
     Where both are on, a coin decides for the whole batch. The share of each image is its own.
 
     Args:
-        images: float, `(batch, channels, height, width)`.
-        target: Class probabilities, `(batch, classes)`.
+        images: float.
+        target: Class probabilities, `(batch, classes)`, which are mixed alike.
         mixup: Beta distribution's parameter, 0 for off.
         cutmix: Beta distribution's parameter, 0 for off.
         seed: Decides everything that is random here.
-
-    Returns:
-        Mixed images and mixed probabilities.
     """
     rng = np.random.default_rng(seed)
     alpha, cut = (cutmix, True) if mixup == 0 or (cutmix > 0 and rng.random() < 0.5) else (mixup, False)

@@ -1,6 +1,6 @@
 """Data sets that give whole batches: from memory, from files decoded one by one, or of features.
 
-torch's loader calls `__getitems__` with the draws of a batch, where it exists, and collates what it returns.
+torch's loader calls `__getitems__` with the draws of a batch, where a data set has it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from ..labels.values import IGNORED
-from ..sampling.seeds import Draw, counter_uniform, hash_seed
+from ..sampling.draws import Batch, Draw, drawn_labels
+from ..sampling.seeds import counter_uniform, hash_seed
 from .augment import DRAWS
 from .decoding import evaluation_crop
-from .sources import Pictures
+from .sources import ImageSource
 
 Strength: TypeAlias = Literal["none", "light", "standard", "strong"]
-Batch: TypeAlias = dict[str, Any]
-Sample: TypeAlias = tuple[Tensor, int, int]  # picture, label, row
+Sample: TypeAlias = tuple[Tensor, int, int]  # image, label, row
 
 
 def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool = True) -> Callable[[Any], Tensor]:
-    """Transforms of torchvision from a PIL picture to uint8 `(3, size, size)`.
+    """Transforms of torchvision from a PIL image to uint8 `(3, size, size)`.
 
     | strength | training |
     |---|---|
@@ -43,7 +43,7 @@ def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool =
     if train and strength in ("standard", "strong"):
         crop = v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)
         if strength == "standard":
-            return partial(cropped_and_mirrored, crop=crop, flip=flip)
+            return partial(crop_and_mirror, crop=crop, flip=flip)
         steps = [crop]
     if train and strength != "none" and flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -56,26 +56,26 @@ def sample_transform(strength: Strength, size: int, *, train: bool, flip: bool =
     return transform
 
 
-def cropped_and_mirrored(picture: Image.Image, crop: v2.RandomResizedCrop, flip: bool) -> Tensor:
+def crop_and_mirror(image: Image.Image, crop: v2.RandomResizedCrop, flip: bool) -> Tensor:
     """As torchvision's transforms one after the other, from the same random numbers, without their many checks.
 
-    torch resizes in a third of PIL's time, so the whole picture becomes a tensor first.
+    torch resizes in a third of PIL's time, so the whole image becomes a tensor first.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not ours to write on
-        whole = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
+        whole = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
     place = crop.make_params([whole])
     part: Tensor = VF.resized_crop_image(whole, **place, size=crop.size, antialias=True)
     return part.flip(2) if flip and torch.rand(1) < 0.5 else part
 
 
 class InMemory(Dataset[Batch]):
-    """Decoded pictures, fetched as a batch by one index operation.
+    """Decoded images, fetched as a batch by one index operation.
 
     Args:
         pixels: uint8, `(n, height, width, 3)`.
         labels: Classes, `(n,)`.
-        train: Whether batches bring random numbers, which asks for augmentation.
+        train: Whether batches hold random numbers, for augmentation by them.
         seed: The run's seed.
     """
 
@@ -86,16 +86,9 @@ class InMemory(Dataset[Batch]):
         return len(self.labels)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
-        index = torch.tensor([draw.row for draw in draws])
-        labels = self.labels[index]
-        if not self.train:
-            labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
-        batch: Batch = {
-            "image": self.pixels.index_select(0, index).permute(0, 3, 1, 2),
-            "label": labels,
-            "index": index,
-        }
+        index, labels = drawn_labels(draws, self.labels)
+        images = self.pixels.index_select(0, index).permute(0, 3, 1, 2)
+        batch: Batch = {"image": images, "label": labels, "index": index}
         if self.train:
             epoch = draws[0].epoch
             batch["seed"] = hash_seed(self.seed, epoch, draws[0].row)
@@ -104,37 +97,36 @@ class InMemory(Dataset[Batch]):
 
 
 class Decoding(Dataset[Batch]):
-    """Pictures decoded and augmented one by one, in a worker process.
+    """Images decoded and augmented one by one, in a worker process.
 
     Args:
-        pictures: What to read.
-        transform: From a PIL picture to uint8 `(3, size, size)`; may draw from torch's global generator.
+        images: What to read.
+        transform: From a PIL image to uint8 `(3, size, size)`; may draw from torch's global generator.
         train: Whether batches bring a seed for mixing.
         seed: The run's seed.
-        on_error: What to do with an unreadable picture: `raise`; `skip`, leave it out of its batch and say so in
+        on_error: What to do with an unreadable image: `raise`; `skip`, leave it out of its batch and say so in
             `skipped`; or `blank`, put a black one in its place and say so in `unreadable`, as pairs of its index and
             the reason. The last keeps batches as large as they are, whatever is in them. Where `skip` leaves nothing
-            of a batch, one to train on holds the next pictures that can be read, one to evaluate a black one without
+            of a batch, one to train on holds the next images that can be read, one to evaluate a black one without
             a label.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: ImageSource,
         transform: Callable[[Any], Tensor],
         *,
         train: bool,
         seed: int,
         on_error: Literal["raise", "skip", "blank"],
     ) -> None:
-        self.pictures, self.transform, self.train = pictures, transform, train
+        self.images, self.transform, self.train = images, transform, train
         self.seed, self.on_error = seed, on_error
 
     def __len__(self) -> int:
-        return len(self.pictures.labels)
+        return len(self.images.labels)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch."""
         samples, skipped, unreadable = [], [], []
         for draw in draws:
             try:
@@ -148,17 +140,13 @@ class Decoding(Dataset[Batch]):
                 unreadable.append((draw.row, str(error.__cause__ or error)))
                 samples.append(self.blank(draw))
         if not samples:
-            samples = self.others(draws, skipped[0])
+            samples = self.replacements(draws, skipped[0])
         images, labels, index = zip(*samples, strict=True)
         shape = (len(images), *images[0].shape)
         whole = torch.empty(shape, dtype=images[0].dtype, memory_format=torch.channels_last)
         for image, place in zip(images, whole, strict=True):
-            place.copy_(image)  # a plain copy: PIL's pictures have their channels last, too
-        batch: Batch = {
-            "image": whole,
-            "label": torch.tensor(labels),
-            "index": torch.tensor(index),
-        }
+            place.copy_(image)  # a plain copy: PIL's images have their channels last, too
+        batch: Batch = {"image": whole, "label": torch.tensor(labels), "index": torch.tensor(index)}
         if self.train:
             batch["seed"] = hash_seed(self.seed, draws[0].epoch, draws[0].row)
         if skipped:
@@ -168,15 +156,10 @@ class Decoding(Dataset[Batch]):
         return batch
 
     def blank(self, draw: Draw) -> Sample:
-        """A black picture without a label."""
         return self.transform(Image.new("RGB", (1, 1))), IGNORED, draw.row
 
-    def others(self, draws: list[Draw], reason: str) -> list[Sample]:
-        """What stands for a batch of nothing readable.
-
-        Raises:
-            ValueError: Nothing else can be read, either.
-        """
+    def replacements(self, draws: list[Draw], reason: str) -> list[Sample]:
+        """What stands for a batch of nothing readable; a ValueError where nothing else can be read, either."""
         found: list[Sample] = []
         for step in range(1, len(self)):
             try:
@@ -192,31 +175,26 @@ class Decoding(Dataset[Batch]):
         return found
 
     def sample(self, draw: Draw) -> Sample:
-        """One picture, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
-        picture = self.pictures.read(draw.row)
+        """One image, augmented by what (seed, epoch, index) decides; torch's generator is left as it was."""
+        decoded = self.images.read(draw.row)
         generator = torch.default_generator  # torch.manual_seed would look for GPUs, each time
         before = generator.get_state()
         generator.manual_seed(hash_seed(self.seed, draw.epoch, draw.counter))
         try:
-            image = self.transform(picture)
+            image = self.transform(decoded)
         finally:
             generator.set_state(before)
-        label = IGNORED if draw.is_padding else int(self.pictures.labels[draw.row])
+        label = IGNORED if draw.is_padding else int(self.images.labels[draw.row])
         return image, label, draw.row
 
 
 def nothing_readable(count: int, reason: str) -> ValueError:
-    """The error where pictures are to be skipped, and then none is left."""
-    return ValueError(f"no picture of a batch of {count} can be read, nor any other of its split; the first: {reason}")
+    """The error where images are to be skipped, and then none is left."""
+    return ValueError(f"no image of a batch of {count} can be read, nor any other of its split; the first: {reason}")
 
 
 class Precomputed(Dataset[Batch]):
-    """Features in place of pictures; epoch e of the training is on view e modulo the number of views.
-
-    Args:
-        values: `(views, samples, width)`.
-        labels: Classes, `(samples,)`.
-    """
+    """Features `(views, samples, width)` in place of images; epoch e trains on view e modulo their number."""
 
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         self.values, self.labels = values, labels
@@ -225,14 +203,6 @@ class Precomputed(Dataset[Batch]):
         return len(self.labels)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch."""
-        index = torch.tensor([draw.row for draw in draws])
-        labels = self.labels[index]
-        labels[torch.tensor([draw.is_padding for draw in draws])] = IGNORED
+        index, labels = drawn_labels(draws, self.labels)
         view = draws[0].epoch % len(self.values)
         return {"features": self.values[view].index_select(0, index), "label": labels, "index": index}
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """Collate nothing: the data sets here return whole batches."""
-    return batch

@@ -1,4 +1,4 @@
-"""Looks at data before anyone trains on it: what cannot be read, what is there twice, what is odd."""
+"""Inspects images before anyone trains on them: what cannot be read, what occurs twice, what is odd."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..sampling.leaks import Place, conflicts, counts_of, groups_of, leaks, quantiles
-from .sources import Pictures
+from .sources import ImageSource
 
 SIDE = 16  # of the thumbnails by which rescaled copies are found
-NEAREST = 16  # pictures that each is held against cell by cell
-THIRD = 3  # among its nearest that are no certain copies: how near pictures come to each other by chance
-CERTAIN = 0.2  # largest difference in any cell, in standard deviations of the picture, that only a copy has
-LIKELY = 0.1  # the same times the nearness, for pictures that JPEG or their size has harmed
+NEAREST = 16  # images that each is held against cell by cell
+THIRD = 3  # among its nearest that are no certain copies: how near images come to each other by chance
+CERTAIN = 0.2  # largest difference in any cell, in standard deviations of the image, that only a copy has
+LIKELY = 0.1  # the same times the nearness, for images that JPEG or their size has harmed
 FAR = 0.5  # distance at which nothing is a copy: a cosine of 0.875
-CONTRAST = 0.7  # of a picture to its copy's at least: the same sign in grey and in black are two
+CONTRAST = 0.7  # of an image to its copy's at least: the same sign in grey and in black are two
 FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told from others
-LARGE = 200_000  # pictures above which all pairs take too long: only exact copies are found
+LARGE = 200_000  # images above which all pairs take too long: only exact copies are found
 SAME = {"MPO": "JPEG", "DIB": "BMP"}  # formats whose files may have the ending of another
 
 
-class Looked(NamedTuple):
-    """What one look at a picture tells."""
+class ImageStats(NamedTuple):
+    """What is noted of one image."""
 
     row: int
     error: str
@@ -45,69 +45,63 @@ class Looked(NamedTuple):
     square: npt.NDArray[np.float32]  # mean of squares of each channel
 
 
-class Looking(Dataset[list[Looked]]):
-    """Looks at pictures, in worker processes."""
+class InspectionDataset(Dataset[list[ImageStats]]):
+    """Reads images in worker processes and notes what they are."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, images: ImageSource) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures.labels)
+        return len(self.images.labels)
 
-    def __getitems__(self, indices: list[int]) -> list[Looked]:
-        """A batch of looks."""
-        return [look(self.pictures, index) for index in indices]
+    def __getitems__(self, indices: list[int]) -> list[ImageStats]:
+        return [image_stats(self.images, index) for index in indices]
 
 
-def look(pictures: Pictures, index: int) -> Looked:
-    """Decode one picture as training would, and note what it is."""
-    name = pictures.name(index)
+def image_stats(images: ImageSource, index: int) -> ImageStats:
+    """Decode one image as training would, and note what it is."""
+    name = images.name(index)
     mode, misnamed, nothing = "RGB", "", np.zeros(3, np.float32)
     try:
         if (path := Path(name)).is_file():
-            with Image.open(path) as image:
-                mode, form = image.mode, str(image.format)
+            with Image.open(path) as file:
+                mode, form = file.mode, str(file.format)
             ending = path.suffix.lower()
             if Image.registered_extensions().get(ending) not in {form, SAME.get(form)}:
                 misnamed = f"is {form}, not {ending}"
-        picture = pictures.read(index)
+        image = images.read(index)
     except Exception as error:  # as in `decode`, whichever the decoder raises
         sentence = " ".join(str(error).split())
-        return Looked(index, sentence, "", "", (0, 0), b"", np.zeros(SIDE * SIDE * 3, np.uint8), nothing, nothing)
-    pixels = np.asarray(picture)
+        return ImageStats(index, sentence, "", "", (0, 0), b"", np.zeros(SIDE * SIDE * 3, np.uint8), nothing, nothing)
+    pixels = np.asarray(image)
     values = pixels.reshape(-1, 3).astype(np.float32) / 255
-    small = picture.resize((SIDE, SIDE), Image.Resampling.HAMMING)  # BOX rounds: it differs where 16 divides one side
+    small = image.resize((SIDE, SIDE), Image.Resampling.HAMMING)  # BOX rounds: it differs where 16 divides one side
     thumbnail = np.asarray(small).reshape(-1)
-    digest = hashlib.blake2b(pixels.tobytes() + repr(picture.size).encode(), digest_size=16).digest()
-    return Looked(index, "", misnamed, mode, picture.size, digest, thumbnail, values.mean(0), (values**2).mean(0))
+    digest = hashlib.blake2b(pixels.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+    return ImageStats(index, "", misnamed, mode, image.size, digest, thumbnail, values.mean(0), (values**2).mean(0))
 
 
-def look_at_all(pictures: Pictures, split: str, workers: int) -> list[Looked]:
-    """Look at every picture of a split, with a bar."""
-    loader = DataLoader(Looking(pictures), batch_size=64, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
-    found: list[Looked] = []
-    with tqdm(desc=f"looking at {split}", total=len(pictures.labels), unit=" pictures") as bar:
+def stats_of_all(images: ImageSource, split: str, workers: int) -> list[ImageStats]:
+    """Of every image of a split, with a progress bar."""
+    loader = DataLoader(InspectionDataset(images), batch_size=64, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    found: list[ImageStats] = []
+    with tqdm(desc=f"inspecting {split}", total=len(images.labels), unit=" images") as bar:
         for batch in loader:
             found += batch
             bar.update(len(batch))
     return found
 
 
-def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], workers: int) -> dict[str, Any]:
-    """All that `recipes doctor` says of pictures, as plain values.
-
-    Args:
-        splits: Name to pictures.
-        class_names: Names in the order of the labels.
-        workers: Processes that decode.
+def inspect_images(splits: dict[str, ImageSource], class_names: Sequence[str], workers: int) -> dict[str, Any]:
+    """All that `recipes doctor` reports of images, decoded by so many worker processes, as plain values.
 
     Returns:
         `splits`, each with counts; `unreadable` and `misnamed`, lists of split, name and reason; `exact` and
         `rescaled`, lists of groups of (split, name); `similarity` of each of the latter; `sizes`, `modes`, `mean` and
         `std` of the training split.
     """
-    looked = {split: look_at_all(pictures, split, workers) for split, pictures in splits.items()}
-    places = [(split, one) for split, some in looked.items() for one in some]
+    stats = {split: stats_of_all(images, split, workers) for split, images in splits.items()}
+    places = [(split, one) for split, some in stats.items() for one in some]
     readable = [(split, one) for split, one in places if not one.error]
 
     def name(place: Place) -> list[str]:
@@ -119,13 +113,13 @@ def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], wo
     thumbnails = np.array([one.thumbnail for _, one in single], np.uint8).reshape(len(single), -1)
     pairs = alike(thumbnails) if len(single) <= LARGE else []
     rescaled = [[(single[place][0], single[place][1].row) for place in pair] for *pair, _ in pairs]
-    train = [one for one in looked["train"] if not one.error]
+    train = [one for one in stats["train"] if not one.error]
     mean = np.mean([one.mean for one in train], 0) if train else np.zeros(3)
     square = np.mean([one.square for one in train], 0) if train else np.zeros(3)
     sides = np.array([one.size for one in train]).reshape(-1, 2)
     return {
         "kind": "pictures",
-        "splits": {split: counts_of(pictures.labels, class_names) for split, pictures in splits.items()},
+        "splits": {split: counts_of(images.labels, class_names) for split, images in splits.items()},
         "unreadable": [[*name((split, one.row)), one.error] for split, one in places if one.error],
         "misnamed": [[*name((split, one.row)), one.misnamed] for split, one in readable if one.misnamed],
         "exact": [[name(place) for place in group] for group in exact],
@@ -142,12 +136,12 @@ def inspect_pictures(splits: dict[str, Pictures], class_names: Sequence[str], wo
 
 
 def alike(thumbnails: npt.NDArray[np.uint8], block: int = 512) -> list[tuple[int, int, float]]:
-    """Pairs of pictures that are the same but for size, compression and a little brightness.
+    """Pairs of images that are the same but for size, compression and a little brightness.
 
     Copies differ a little everywhere, two drawings much in one place: what counts is the largest difference in any
     cell. Where it leaves a doubt, the pair's distance is held against the distance at which either's third neighbour
     lies, much as Lowe (2004, https://doi.org/10.1023/B:VISI.0000029664.99615.94) does with the second: a copy is far
-    nearer than pictures of this kind come to each other by chance, however plain they are.
+    nearer than images of this kind come to each other by chance, however plain they are.
 
     Each is held against its `NEAREST` alone, so that memory grows with their number and not with its square; where
     more are copies of one another, all of them are in some pair, but not every pair is told.

@@ -25,7 +25,7 @@ from torch.utils.data import get_worker_info
 
 from ..labels.values import check_each, class_labels, positions
 from ..sampling.samplers import BlockSampler
-from .sources import Pictures, decode, flattened
+from .sources import ImageSource, decode, flattened
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3  # to read from a server
@@ -42,20 +42,14 @@ class Shard(NamedTuple):
 
 
 class RowGroups:
-    """Encoded pictures in the row groups of Parquet files.
-
-    Args:
-        shards: The files.
-        column: The picture column.
-        labels: Classes, `(n,)`.
-    """
+    """Encoded images in the row groups of Parquet files; labels `(n,)`."""
 
     def __init__(self, shards: Sequence[Shard], column: str, labels: torch.Tensor) -> None:
         self.shards, self.column, self.labels = shards, column, labels
         self.places = [(number, group) for number, shard in enumerate(shards) for group in range(len(shard.rows))]
         sizes = [size for shard in shards for size in shard.rows]
         self.starts = [0, *accumulate(sizes)][:-1]
-        self._row = RowNamer(shards)
+        self.name = RowNamer(shards)
         self.in_order = True
         self.room = 2  # row groups to hold in memory, for each lane of a BlockSampler that a worker reads
         self._held: OrderedDict[int, Any] = OrderedDict()
@@ -68,12 +62,12 @@ class RowGroups:
         return other
 
     def cell(self, index: int) -> Any:
-        """A row's encoded picture: bytes, or bytes and path."""
+        """A row's encoded image: bytes, or bytes and path."""
         group = bisect_right(self.starts, index) - 1
         return self._group(group)[index - self.starts[group]].as_py()
 
     def _group(self, group: int) -> Any:
-        """The picture column of a row group; the one that was used longest ago makes room."""
+        """The image column of a row group; the one that was used longest ago makes room."""
         if group not in self._held:
             worker = get_worker_info()
             lanes = BlockSampler.LANES // math.gcd(BlockSampler.LANES, worker.num_workers if worker else 1)
@@ -90,27 +84,22 @@ class RowGroups:
         return self._held[group]
 
     def read(self, index: int) -> Image.Image:
-        """Decode one row."""
+        name, path = self.name(index), None
         try:
-            cell, path = self.cell(index), None
+            cell = self.cell(index)
         except ValueError as error:
             raise ValueError(
-                f"cannot read the picture {self._row(index)}: {error}. Write it again, or set data.on_error to skip"
+                f"cannot read the image {name}: {error}. Write it again, or set data.on_error to skip"
             ) from error
         if isinstance(cell, dict):
             cell, path = cell["bytes"], cell.get("path")
         if isinstance(cell, str):
             cell, path = None, cell
         if cell is None:
-            raise ValueError(f"{self._row(index)} has no picture" + (f", only a path, {path}" if path else ""))
-        return decode(io.BytesIO(cell), self._row(index))
-
-    def name(self, index: int) -> str:
-        """The file and the row in it."""
-        return self._row(index)
+            raise ValueError(f"{name} has no image" + (f", only a path, {path}" if path else ""))
+        return decode(io.BytesIO(cell), name)
 
     def fingerprint(self) -> str:
-        """Hash of the files' footers."""
         return hashlib.sha256(json.dumps([(shard.path, shard.digest) for shard in self.shards]).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,9 +107,9 @@ class RowGroups:
         return {**self.__dict__, "_held": OrderedDict()}
 
 
-def blocks_of(pictures: Pictures) -> np.ndarray[Any, Any]:
+def blocks_of(images: ImageSource) -> np.ndarray[Any, Any]:
     """The row group that each sample lies in, `(n,)`, counted from 0 without gaps."""
-    source, rows = flattened(pictures)
+    source, rows = flattened(images)
     assert isinstance(source, RowGroups)
     return np.unique(np.searchsorted(source.starts, rows.numpy(), side="right"), return_inverse=True)[1]
 
@@ -227,17 +216,12 @@ def labels_of(shards: Sequence[Shard]) -> list[Any]:
 
 
 class RowNamer:
-    """Names a row of several files by its file and the row in it.
-
-    Args:
-        shards: The files.
-    """
+    """Names a row of several files, counted through, by its file and the row in it."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.paths = [shard.path for shard in shards]
         self.starts = [0, *accumulate(len(shard.labels) for shard in shards)]
 
     def __call__(self, row: int) -> str:
-        """Of a row of all, counted through."""
         shard = bisect_right(self.starts, row) - 1
         return f"{self.paths[shard]}#{row - self.starts[shard]}"

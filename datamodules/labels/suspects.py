@@ -50,13 +50,7 @@ def text_suspects(data: Any) -> list[list[str]] | str:
     """Training texts that a linear model on their tokens takes for another class: text, class, rather.
 
     The model is plain: TF-IDF and logistic regression need no weights, take seconds, and find as many wrong labels as
-    the features of a sentence encoder do.
-
-    Args:
-        data: After `setup`.
-
-    Returns:
-        The clearest first; or why this can't be told.
+    the features of a sentence encoder do. The clearest come first; a string says why nothing could be found out.
     """
     part, names = data.splits["train"], data.class_names
     if data.problem_type != "single_label_classification":
@@ -64,7 +58,7 @@ def text_suspects(data: Any) -> list[list[str]] | str:
     if len(part) > MANY:
         return f"labels were not looked at: there are more than {MANY:,} texts"
     try:
-        found = label_suspects(others_say(tf_idf(data), part.labels, len(names)), part.labels)
+        found = label_suspects(cross_validated_probabilities(tf_idf(data), part.labels, len(names)), part.labels)
     except ValueError as error:  # too few for folds
         return f"labels were not looked at: {' '.join(str(error).split())}"
     return [[" ".join(part.text(i).split()), names[int(part.labels[i])], names[rather]] for i, rather in found]
@@ -84,17 +78,10 @@ def tf_idf(data: Any) -> Any:
     return TfidfTransformer(sublinear_tf=True).fit_transform(counts)
 
 
-def others_say(features: Any, labels: Tensor, classes: int, folds: int = 5) -> Tensor:
+def cross_validated_probabilities(features: Any, labels: Tensor, classes: int, folds: int = 5) -> Tensor:
     """Probabilities of each sample's classes by logistic regression on the other folds, `(n, classes)`.
 
-    Args:
-        features: `(n, width)`, perhaps sparse.
-        labels: `(n,)`.
-        classes: Their number.
-        folds: Parts of which each is told by the others.
-
-    Raises:
-        ValueError: There are fewer samples than folds.
+    Features `(n, width)` may be sparse; fewer samples than folds are a ValueError.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -109,15 +96,8 @@ def others_say(features: Any, labels: Tensor, classes: int, folds: int = 5) -> T
     return out
 
 
-def neighbours_say(features: Tensor, labels: Tensor, classes: int, neighbours: int = 20) -> Tensor:
-    """Share of each class among a sample's neighbours, itself not asked, `(n, classes)`.
-
-    Args:
-        features: `(n, width)`.
-        labels: `(n,)`.
-        classes: Their number.
-        neighbours: How many are asked.
-    """
+def neighbour_probabilities(features: Tensor, labels: Tensor, classes: int, neighbours: int = 20) -> Tensor:
+    """Share of each class among the nearest neighbours of features `(n, width)`, itself excluded, `(n, classes)`."""
     values = torch.nn.functional.normalize(features.float(), dim=1)
     neighbours = min(neighbours, len(values) - 1)
     out = torch.zeros(len(values), classes)

@@ -2,12 +2,13 @@
 
 A number in a file is a name, too: `3` is the class called 3, never the fourth of a list, unless the list was given by
 the user, for labels that count in it. Only a Hugging Face ClassLabel's integer is a position, and it always is.
+
+`where(row)` names the place of a sample in an error, `class_names` stand in the order of the class numbers.
 """
 
 from __future__ import annotations
 
 import ast
-import glob
 import json
 import logging
 import math
@@ -15,13 +16,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+Where: TypeAlias = Callable[[int], str]
 
+IGNORED = -100  # the label of a sample that fills up a rank's last batch; torch's losses ignore it by default
 NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?")  # 007 is no number: its zeros are part of a name
 MISSING = {"nan", "NaN", "null", "NULL", "<NA>"}  # what programs write where there is no label
 LONG = 28  # characters; a longer number is a name like a word, which arithmetic would cut
@@ -41,12 +44,8 @@ def label_problem(value: Any) -> str:
     return f"there is no label, it says {spelling(value)!r}" if spelling(value) in MISSING else ""
 
 
-def check_each(values: Sequence[Any], where: Callable[[int], str]) -> None:
-    """Refuse a value that cannot be one label.
-
-    Raises:
-        ValueError: Names the first.
-    """
+def check_each(values: Sequence[Any], where: Where) -> None:
+    """Refuse values that cannot be one label each, with a ValueError that names the first."""
     for row, value in enumerate(values):
         if value.__class__ is not int and (problem := label_problem(value)):
             raise ValueError(f"{where(row)}: {problem}")
@@ -95,17 +94,11 @@ def rank(name: str) -> tuple[bool, Decimal, str]:
     return not number, Decimal(name) if number else Decimal(0), name
 
 
-def label_numbers(
-    labels: Sequence[Any], class_names: Sequence[str], where: Callable[[int], str], *, given: bool = False
-) -> Tensor:
-    """Class number of each label, `(n,)`.
+def label_numbers(labels: Sequence[Any], class_names: Sequence[str], where: Where, *, given: bool = False) -> Tensor:
+    """Class number of each label, a name or a value that stands for one, `(n,)`.
 
-    Args:
-        labels: Names, or values that stand for one.
-        class_names: In the order of the classes.
-        where: Names the place of a label, for an error.
-        given: Whether the user wrote the names, so that a whole number counts in them. Where one of the names is a
-            number or a truth value itself, it does not.
+    With `given` the user wrote the names, so that a whole number counts in them; where one of the names is a number or
+    a truth value itself, it does not.
 
     Raises:
         ValueError: A label is not among the classes, or two classes have one name; says where.
@@ -138,16 +131,10 @@ def is_number(name: str) -> bool:
         return False
 
 
-def positions(
-    labels: Sequence[Any], names: Sequence[str], class_names: Sequence[str], where: Callable[[int], str]
-) -> Tensor:
+def positions(labels: Sequence[Any], names: Sequence[str], class_names: Sequence[str], where: Where) -> Tensor:
     """Class number of each integer of a ClassLabel, `(n,)`: a position in its names, whatever these look like.
 
-    Args:
-        labels: As the column stores them.
-        names: Of this column's ClassLabel; another split's may stand in another order.
-        class_names: In the order of the classes.
-        where: Names the place of a label, for an error.
+    The names are those of this column's ClassLabel; another split's may stand in another order.
 
     Raises:
         ValueError: One is missing, or out of range, or its name is not among the classes; says where.
@@ -164,6 +151,24 @@ def positions(
             name = f" {names[label]!r}" if 0 <= label < len(names) else ""
             raise ValueError(f"{row}: label '{label}'{name} is not among the classes {some(class_names)}")
     return torch.tensor([found[label] for label in labels], dtype=torch.long)
+
+
+def class_numbers(
+    labels: Sequence[Any], names: Sequence[str] | None, class_names: Sequence[str], where: Where
+) -> Tensor:
+    """By `positions` where the labels are a ClassLabel's of these names, else by `label_numbers`."""
+    if names is None:
+        return label_numbers(labels, class_names, where)
+    return positions(labels, names, class_names, where)
+
+
+def learn_multi_label_classes(rows: Sequence[Sequence[Any]], separator: str = "") -> list[str]:
+    """The classes of training samples with several labels each, which were split at the separator, if any."""
+    if width := width_of_indicators(rows):
+        return [str(label) for label in range(width)]
+    if separator:
+        check_separator(rows, separator)
+    return learn_classes(label for labels in rows for label in labels)
 
 
 def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:
@@ -215,19 +220,14 @@ def width_of_indicators(rows: Sequence[Sequence[Any]]) -> int | None:
 def several_numbers(
     rows: Sequence[Sequence[Any]],
     class_names: Sequence[str],
-    where: Callable[[int], str],
+    where: Where,
     *,
     indicators: bool,
     given: bool = False,
 ) -> Tensor:
     """Several labels of each sample as 0 and 1, float, `(n, classes)`.
 
-    Args:
-        rows: Labels of each sample, or with `indicators` a truth value for each class.
-        class_names: In the order of the classes.
-        where: Names the place of a sample, for an error.
-        indicators: Which of the two.
-        given: As in `label_numbers`.
+    A row lists labels, or with `indicators` a truth value for each class; `given` as in `label_numbers`.
 
     Raises:
         ValueError: A label is not among the classes, or truth values are not one for each class.
@@ -237,11 +237,9 @@ def several_numbers(
             if len(set(labels)) < len(labels) and {value_of(label_name(label)) for label in labels} <= {"0", "1"}:
                 twice = f"{list(labels)[:10]} has a label twice"
                 raise ValueError(f"{where(row)}: {twice}: are these truth values, where the training data list labels?")
-        hot = torch.zeros(len(rows), len(class_names))
-        samples = [row for row, labels in enumerate(rows) for _ in labels]
-        flat = [label for labels in rows for label in labels]
-        hot[samples, label_numbers(flat, class_names, lambda at: where(samples[at]), given=given)] = 1
-        return hot
+        return multi_hot(
+            rows, len(class_names), where, lambda flat, at: label_numbers(flat, class_names, at, given=given)
+        )
     for row, labels in enumerate(rows):
         if len(labels) != len(class_names) or {value_of(label_name(label)) for label in labels} - {"0", "1"}:
             raise ValueError(
@@ -250,12 +248,22 @@ def several_numbers(
     return torch.tensor([[float(value_of(label_name(label))) for label in labels] for labels in rows])
 
 
-def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
-    """Refuse labels that were joined with another separator than was said, and would be classes of their own.
+def multi_hot(
+    rows: Sequence[Sequence[Any]],
+    classes: int,
+    where: Where,
+    numbers: Callable[[Sequence[Any], Where], Tensor],
+) -> Tensor:
+    """Labels of each sample as 0 and 1, float, `(n, classes)`; `numbers` gives the classes of labels at places."""
+    hot = torch.zeros(len(rows), classes)
+    samples = [row for row, labels in enumerate(rows) for _ in labels]
+    flat = [label for labels in rows for label in labels]
+    hot[samples, numbers(flat, lambda at: where(samples[at]))] = 1
+    return hot
 
-    Args:
-        rows: The labels of each training text.
-        separator: That they were split at.
+
+def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
+    """Refuse labels that were joined with another separator than the one given, and would be classes of their own.
 
     Raises:
         ValueError: One looks as if it were several: its parts are labels, too, or no text has several labels.
@@ -276,30 +284,6 @@ def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
 def some(names: Sequence[str]) -> str:
     """The first ten."""
     return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-
-
-def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
-    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
-
-    Raises:
-        ValueError: Names such a file.
-    """
-    import pyarrow.parquet  # comes with datasets
-
-    kinds = {name: kind for table in tables.values() for name, kind in table.features.items()}
-    names = {name: getattr(getattr(kind, "feature", kind), "names", None) for name, kind in kinds.items()}
-    patterns = [one for given in (data_files or {}).values() for one in ([given] if isinstance(given, str) else given)]
-    files = [file for pattern in patterns for file in glob.glob(pattern) if file.endswith(".parquet")]
-    for file in files:
-        for column, own in class_labels(pyarrow.parquet.read_schema(file).metadata).items():
-            if (others := names.get(column)) is not None and list(others) != own:
-                raise ValueError(
-                    f"{file}: the classes of {column!r} are {some(own)}, and elsewhere {some(others)}: all files are "
-                    "read by one order; write them with one ClassLabel"
-                )
-
-
-IGNORED = -100  # the label of a sample that fills up a rank's last batch; torch's losses ignore it by default
 
 
 def class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

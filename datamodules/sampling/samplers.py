@@ -1,8 +1,6 @@
-"""Sample order and randomness as pure functions of counters, so that there is no state to save.
+"""Sample order as a pure function of (seed, epoch), so that there is no state to save and a resume is exact.
 
-A shuffled loader with augmentation is usually a stream of random numbers: to resume it exactly, every
-generator in every worker would have to be saved and put back. Here nothing is: the order of an epoch is a
-function of (seed, epoch) and the augmentation of one sample a function of (seed, epoch, index).
+Usually every generator in every worker would have to be saved and put back.
 """
 
 from __future__ import annotations
@@ -17,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from .seeds import Draw, hash_seed
+from .draws import Draw
+from .seeds import hash_seed
+
+
+def ranks_of(trainer: Any) -> tuple[int, int]:
+    """Number of ranks and number of this one; without a trainer there is one."""
+    return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
 
 
 class EpochSampler(DistributedSampler[Draw]):
@@ -36,7 +40,7 @@ class EpochSampler(DistributedSampler[Draw]):
         balance: Classes, `(size,)`: an epoch then has as many samples of each class, see `balanced_order`.
     """
 
-    start = 0  # of this rank's samples so many are left out at the beginning: they are done already
+    start = 0  # so many of this rank's samples are skipped: they are done already
 
     def __init__(
         self,
@@ -70,15 +74,11 @@ class EpochSampler(DistributedSampler[Draw]):
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As many samples as there are, in random order, of every class as many, but for one.
+    """As many samples as there are labels `(n,)`, in random order, of every class as many, but for one.
 
     Samples of a rare class come several times, each as often as the others, but for one; of a frequent class only
-    some come. A net that is trained so finds rare classes more often than they are, and is surer of them than it
-    should be: its probabilities are those of a world with classes of one size.
-
-    Args:
-        labels: Classes, `(n,)`.
-        generator: Decides.
+    some come. A net that is trained so predicts rare classes more often than they occur, and with more confidence
+    than it should: its probabilities are those of a world with classes of one size.
 
     Returns:
         Rows, `(n,)`, and for each how often it came before.
@@ -107,14 +107,11 @@ class BlockSampler(DistributedSampler[Draw]):
         blocks: Number of the block that each sample lies in, `(n,)`, ascending.
         batch_size: Samples of a batch.
         window: Samples of a rank among which the order is random, over all lanes.
-        shuffle: Whether to train.
-        seed: Seed of the order.
-        num_replicas: Number of ranks.
-        rank: This rank.
+        shuffle: Whether to train; the others as for `EpochSampler`.
     """
 
     LANES = 8
-    start = 0  # in evaluation, of this rank's samples so many are left out at the beginning: they are done already
+    start = 0  # in evaluation, so many of this rank's samples are skipped: they are done already
 
     def __init__(
         self,
@@ -175,10 +172,7 @@ class LengthSampler(DistributedSampler[list[Draw]]):
         lengths: Padded length of each sample, `(n,)`.
         batch_size: Samples of a batch, at most.
         tokens: Of a batch, padding included, at most; a sample longer than that is a batch of its own.
-        shuffle: Whether to train: other batches in each epoch.
-        seed: Seed of the order.
-        num_replicas: Number of ranks.
-        rank: This rank.
+        shuffle: Whether to train: other batches in each epoch; `seed`, `num_replicas`, `rank` as for `EpochSampler`.
         balance: Classes, `(n,)`: while training, an epoch has as many samples of each class, see `balanced_rows`.
     """
 

@@ -1,9 +1,12 @@
-"""Which samples are for training and which are held out: stratified, seeded, the same on every machine."""
+"""Which samples are for training and which are held out: stratified, seeded, the same on every machine.
+
+Every split function returns the indices kept and the indices held out, each in ascending order.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -20,9 +23,6 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
         labels: Classes, `(n,)`.
         share: Part to hold out, in (0, 1). A class of two or more samples gives at least one and keeps one.
         seed: Decides which.
-
-    Returns:
-        Indices kept and indices held out, each in ascending order.
 
     Raises:
         ValueError: The share lies out of (0, 1), or no class has two samples, so that none can be held out.
@@ -48,9 +48,6 @@ def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: i
             once; another seed gives other folds.
         seed: Decides which.
 
-    Returns:
-        Indices kept and indices held out, each in ascending order.
-
     Raises:
         ValueError: No such fold, or an empty one; a share out of (0, 1), or no class of two samples.
     """
@@ -71,11 +68,7 @@ def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: i
 
 
 def check_some(held_out: Tensor, labels: Tensor) -> None:
-    """Refuse a split of nothing: a run would choose no checkpoint, or have nothing to report.
-
-    Raises:
-        ValueError: Says how many samples and classes there are.
-    """
+    """Refuse, with a ValueError, a split of nothing: a run would choose no checkpoint, or have nothing to report."""
     if not held_out.any() or held_out.all():
         raise ValueError(
             f"too few samples: of {len(labels)} in {len(labels.unique())} classes none can be held out for validation "  # type: ignore[no-untyped-call]
@@ -91,9 +84,6 @@ def grouped_split(labels: Tensor, groups: Sequence[str], share: float, seed: int
         groups: Which group each sample belongs to.
         share: Part to hold out, in (0, 1). A class never gives more; it gives none if its every group is larger.
         seed: Decides which groups.
-
-    Returns:
-        Indices kept and indices held out, each in ascending order.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
@@ -124,26 +114,50 @@ def by_class(labels: Tensor) -> tuple[Tensor, ...]:
     return labels.argsort(stable=True).split(counts.tolist())  # type: ignore[no-untyped-call, no-any-return]
 
 
-def check_classes(state: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Refuse other classes than a checkpoint's.
+def split_train(splits: dict[str, Any], classes: Tensor, part: Callable[[Any, Tensor], Any], data: Any) -> None:
+    """Hold training samples out for validation where none are given, and limit the rest.
+
+    Args:
+        splits: By name; changed in place.
+        classes: Of the training samples, `(n,)`.
+        part: Makes of a split and rows a split of these rows.
+        data: The data module: its `val_share`, `fold`, `limit_per_class` and `seed` decide.
+    """
+    train = splits["train"]
+    if "val" not in splits:
+        kept, held_out = hold_out(classes, data.val_share, data.fold, data.seed)
+        splits["val"], splits["train"] = part(train, held_out), part(train, kept)
+    elif data.fold is not None:
+        raise ValueError("data.fold: this data set has a validation split of its own")
+    if data.limit_per_class is not None:
+        train = splits["train"]
+        splits["train"] = part(train, limit_per_class(train.labels, data.limit_per_class, data.seed))
+
+
+def split_state(data: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of a data module's classes and splits."""
+    return {
+        "class_names": data.class_names,
+        "seed": data.seed,
+        "counts": {name: len(part.labels) for name, part in data.splits.items()},
+        "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in data.cut_rows.items()},
+    }
+
+
+def check_state(state: Mapping[str, Any], data: Any) -> None:
+    """Refuse a checkpoint of other classes, and to go on training with another split than a checkpoint's.
 
     Raises:
-        ValueError: They differ in name or order.
+        ValueError: Names or order of the classes differ, or the rows of a split.
     """
-    if list(state["class_names"]) != list(class_names):
+    if list(state["class_names"]) != list(data.class_names):
         raise ValueError(
             f"the checkpoint's classes are {', '.join(state['class_names'])}; the data's are "
-            f"{', '.join(class_names)}: labels would be read as other classes"
+            f"{', '.join(data.class_names)}: labels would be read as other classes"
         )
-
-
-def check_rows(state: Mapping[str, Any], rows_of_splits: Mapping[str, Sequence[int]]) -> None:
-    """Refuse to go on training with another split than a checkpoint's.
-
-    Raises:
-        ValueError: The rows of a split differ.
-    """
-    for name, rows in rows_of_splits.items():
+    if data.trainer is not None and data.trainer.state.fn != "fit":
+        return
+    for name, rows in data.cut_rows.items():
         saved = state["split_rows"].get(name)
         if saved is None or saved.tolist() != list(rows):
             raise ValueError(

@@ -19,7 +19,6 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,12 +27,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from ..sampling.samplers import EpochSampler, LengthSampler
-from ..sampling.seeds import Draw
-from ..sampling.splits import check_classes, check_rows, hold_out, limit_per_class
-from .cache import MANY, progress_bars
+from ..sampling.draws import Batch, Draw, collate_whole
+from ..sampling.samplers import EpochSampler, LengthSampler, ranks_of
+from ..sampling.splits import check_state, split_state, split_train
+from .cache import cached_map
 from .inspection import inspect_texts
-from .tokens import Batch, Texts, TokenBatches, Tokens, WholeBatches, as_it_is, as_written, histogram
+from .tokens import Texts, TokenBatches, Tokens, WholeBatches, histogram, surface_form
 
 log = logging.getLogger(__name__)
 ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -103,12 +102,10 @@ class TextDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 1 where a score is learnt."""
         return 1 if self.problem_type == "regression" else len(self.class_names)
 
     @property
     def class_counts(self) -> list[int]:
-        """Training texts of each class, after `setup`."""
         labels = self.splits["train"].labels
         if self.problem_type == "single_label_classification":
             return torch.bincount(labels, minlength=self.num_classes).tolist()
@@ -150,7 +147,6 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer_state(self) -> str:
-        """The tokenizer's vocabulary and rules."""
         tokenizer = self.tokenizer.backend_tokenizer
         tokenizer.no_truncation()  # a call would write it in
         tokenizer.no_padding()
@@ -165,11 +161,9 @@ class TextDataModule(LightningDataModule):
 
     @staticmethod
     def digest(*facts: Any) -> str:
-        """A short hash."""
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def sample_names(self, split: str) -> Callable[[int], str]:
-        """Gives the texts of a split by their `index` in a batch."""
         return self.splits[split].text
 
     def prepare_data(self) -> None:
@@ -181,23 +175,16 @@ class TextDataModule(LightningDataModule):
                 self.describe(split, texts, self.tokens(texts.table))
 
     def setup(self, stage: str | None = None) -> None:
-        """Split and limit what `read_splits` finds."""
         if self.splits:
             return
         splits = self.read_splits()
         if self.balance and not self.class_names:
             raise ValueError("data.balance draws as many texts of each class, and these have none: leave it out")
-        if "train" in splits and "val" not in splits:
-            train = splits["train"]
+        if "train" in splits:
+            labels, has_val = splits["train"].labels, "val" in splits
             single = self.problem_type == "single_label_classification"
-            classes = train.labels if single else torch.zeros(len(train), dtype=torch.long)
-            kept, held_out = hold_out(classes, self.val_share, self.fold, self.seed)
-            splits["train"], splits["val"] = train.part(kept), replace(train.part(held_out), skipped=0)  # counted once
-        elif "train" in splits and self.fold is not None:
-            raise ValueError("data.fold: this data set has a validation split of its own")
-        if "train" in splits and self.limit_per_class is not None:
-            train = splits["train"]
-            splits["train"] = train.part(limit_per_class(train.labels, self.limit_per_class, self.seed))
+            split_train(splits, labels if single else torch.zeros(len(labels), dtype=torch.long), Texts.part, self)
+            splits["val"].skipped *= has_val  # what the training file lacks is counted once
         if "predict" not in splits:
             splits["predict"] = splits.get("test") or splits["val"]
         self.splits = splits
@@ -215,7 +202,6 @@ class TextDataModule(LightningDataModule):
         columns = {"input_ids": datasets.List(datasets.Value("int32")), "truncated": datasets.Value("bool")}
         if types:
             columns["token_type_ids"] = datasets.List(datasets.Value("int8"))
-
         features = datasets.Features(columns)
 
         def tokenise(batch: Any) -> Any:
@@ -230,26 +216,15 @@ class TextDataModule(LightningDataModule):
             truncated = [bool(encoding.overflowing) for encoding in found.encodings]
             return pyarrow.table({**found, "truncated": truncated}, schema=features.arrow_schema)
 
-        with progress_bars(len(table) > MANY):
-            tokens = table.with_format("arrow").map(
-                tokenise,
-                batched=True,
-                remove_columns=table.column_names,
-                features=features,
-                new_fingerprint=self.digest(self.tokenizer_facts, table._fingerprint),
-                desc="tokenising",
-            )
-        return Tokens(tokens)
+        key = self.digest(self.tokenizer_facts, table._fingerprint)
+        return Tokens(cached_map(table.with_format("arrow"), tokenise, features, key))
 
     def describe(self, split: str, texts: Texts, tokens: Tokens) -> None:
         """Say how long the texts are, and what was cut off or left out."""
-        rows = slice(None) if texts.rows is None else texts.rows.numpy()
-        cut = tokens.truncated[rows].mean()
+        lengths, truncated = tokens.of(texts)
         skipped = f"; {texts.skipped:,} row{'s' * (texts.skipped > 1)} skipped" if texts.skipped else ""
-        log.info(
-            "%s: %s; %.1f %% cut at %d tokens%s",
-            *(split, histogram(tokens.lengths[rows]), 100 * cut, self.max_length, skipped),
-        )
+        facts = histogram(lengths), 100 * truncated.mean(), self.max_length, skipped
+        log.info("%s: %s; %.1f %% cut at %d tokens%s", split, *facts)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, in batches of like length."""
@@ -286,17 +261,14 @@ class TextDataModule(LightningDataModule):
         return self._in_order("train", world=1, rank=0)
 
     def batch(self, split: str, rows: Sequence[int]) -> Batch:
-        """Some texts of a split."""
         return self._dataset(split).__getitems__([Draw(0, row) for row in rows])
 
     def pieces(self, batch: Batch) -> list[list[str]]:
         """The tokens of a batch as words and parts of words; empty for those that stand for no text."""
         out, special = [], set(self.tokenizer.all_special_tokens)
-        for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
-            tokens = self.tokenizer.convert_ids_to_tokens(
-                [one for one, is_real in zip(ids, mask, strict=True) if is_real]
-            )
-            out.append(["" if token in special else as_written(token) for token in tokens])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            tokens = self.tokenizer.convert_ids_to_tokens(ids[mask > 0].tolist())
+            out.append(["" if token in special else surface_form(token) for token in tokens])
         return out
 
     def inspect(self) -> dict[str, Any]:
@@ -304,8 +276,8 @@ class TextDataModule(LightningDataModule):
         splits = {name: part for name, part in self.splits.items() if name != "predict"}
         lengths, cut = {}, {}
         for name, part in splits.items():
-            tokens, rows = self.tokens(part.table), slice(None) if part.rows is None else part.rows.numpy()
-            lengths[name], cut[name] = tokens.lengths[rows], float(tokens.truncated[rows].mean())
+            lengths[name], truncated = self.tokens(part.table).of(part)
+            cut[name] = float(truncated.mean())
         return inspect_texts(splits, self.class_names, lengths, cut)
 
     def planned_steps(self, texts: int, world_size: int) -> int:
@@ -317,9 +289,6 @@ class TextDataModule(LightningDataModule):
     def _dataset(self, split: str) -> TokenBatches:
         texts, tokenizer = self.splits[split], self.tokenizer
         return TokenBatches(texts, self.tokens(texts.table), tokenizer.pad_token_id, self.max_length)
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _sampler(self, split: str, *, train: bool, world: int, rank: int) -> LengthSampler:
         return LengthSampler(
@@ -334,21 +303,23 @@ class TextDataModule(LightningDataModule):
         )
 
     def _loader(self, split: str, *, train: bool = False) -> DataLoader[Batch]:
-        world, rank = self._ranks()
+        world, rank = ranks_of(self.trainer)
         sampler = self._sampler(split, train=train, world=world, rank=rank)
         whole = WholeBatches(self._dataset(split))
         return DataLoader(whole, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def _in_order(self, split: str, world: int | None = None, rank: int = 0) -> DataLoader[Batch]:
         if world is None:
-            world, rank = self._ranks()
+            world, rank = ranks_of(self.trainer)
         sampler = EpochSampler(len(self.splits[split]), shuffle=False, num_replicas=world, rank=rank)
-        return DataLoader(self._dataset(split), batch_size=self.eval_batch_size, sampler=sampler, collate_fn=as_it_is)  # type: ignore[arg-type]
+        return DataLoader(
+            self._dataset(split), batch_size=self.eval_batch_size, sampler=sampler, collate_fn=collate_whole
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint should tell about the data: class names, the whole tokenizer, the split."""
         return {
-            "class_names": self.class_names,
+            **split_state(self),
             "problem_type": self.problem_type,
             "tokenizer": self.tokenizer_name,
             "tokenizer_digest": self.digest(self.tokenizer_state),
@@ -356,16 +327,10 @@ class TextDataModule(LightningDataModule):
             "tokenizer_files": self.tokenizer_files,  # enough to predict from the checkpoint alone
             "pairs": any("pair" in texts.table.column_names for texts in self.splits.values()),
             "max_length": self.max_length,
-            "seed": self.seed,
-            "counts": {name: len(texts) for name, texts in self.splits.items()},
-            "split_rows": {name: torch.tensor(rows, dtype=torch.int32) for name, rows in self.cut_rows.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse other classes than the checkpoint's, and to go on training with another split."""
-        check_classes(state_dict, self.class_names)
-        if self.trainer is None or self.trainer.state.fn == "fit":
-            check_rows(state_dict, self.cut_rows)
+        check_state(state_dict, self)
         side = self.tokenizer.truncation_side
         if self.digest(self.tokenizer_state) != state_dict["tokenizer_digest"] or side != state_dict.get(
             "truncation_side", side

@@ -46,6 +46,20 @@ def cached_table(key: str, features: Any, read: Callable[[], Iterator[dict[str, 
     return builder.as_dataset("train")
 
 
+def cached_map(table: Any, function: Callable[..., Any], features: Any, key: str, **options: Any) -> Any:
+    """Columns that a tokenizer makes of the batches of a table, from the cache under this key or made now."""
+    with progress_bars(len(table) > MANY):
+        return table.map(
+            function,
+            batched=True,
+            remove_columns=table.column_names,
+            features=features,
+            new_fingerprint=key,
+            desc="tokenising",
+            **options,
+        )
+
+
 @contextlib.contextmanager
 def progress_bars(wanted: bool) -> Iterator[None]:
     """Lets the `datasets` library show its bars, or not."""

@@ -142,7 +142,6 @@ class Window:
         return self.number + 1
 
     def put_back(self, lines: Sequence[str]) -> None:
-        """Give the last lines out again."""
         self.waiting.extendleft(reversed(lines))
         del self.taken[len(self.taken) - len(lines) :]
 

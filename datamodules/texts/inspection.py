@@ -1,4 +1,4 @@
-"""What doctor says of texts."""
+"""What `recipes doctor` reports of texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOJIBAKE = re.compile("\ufffd|Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]|ï»¿")
 def inspect_texts(
     splits: dict[str, Any], class_names: Sequence[str], lengths: dict[str, npt.NDArray[Any]], cut: dict[str, float]
 ) -> dict[str, Any]:
-    """All that `recipes doctor` says of texts, as plain values.
+    """All that `recipes doctor` reports of texts, as plain values.
 
     Args:
         splits: Name to `Texts`.
@@ -33,7 +33,7 @@ def inspect_texts(
     exact = groups_of(
         (" ".join(text.casefold().split()).encode(), (split, index))
         for split, some in texts.items()
-        for index, text in enumerate(tqdm(some, desc=f"looking at {split}", unit=" texts"))
+        for index, text in enumerate(tqdm(some, desc=f"inspecting {split}", unit=" texts"))
     )
 
     def words(place: Place) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..labels.values import IGNORED
-from ..sampling.seeds import Draw
+from ..sampling.draws import Batch, Draw, drawn_labels
 
-Batch: TypeAlias = dict[str, Any]
 MULTIPLE = 8  # batches are padded to a multiple of this: matrix units work on tiles
 
 
@@ -38,11 +36,9 @@ class Texts:
         return len(self.labels)
 
     def part(self, rows: Tensor) -> Texts:
-        """Some of the samples."""
         return replace(self, labels=self.labels[rows], rows=rows if self.rows is None else self.rows[rows])
 
     def row(self, index: int) -> int:
-        """Where a sample is in the table."""
         return index if self.rows is None else int(self.rows[index])
 
     def text(self, index: int) -> str:
@@ -67,6 +63,11 @@ class Tokens:
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self.ids)])
         self.lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets, _ in self.ids)])
         self.truncated = columns["truncated"].to_numpy()
+
+    def of(self, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Lengths of the texts, and whether they were cut, each `(n,)`."""
+        rows = slice(None) if texts.rows is None else texts.rows.numpy()
+        return self.lengths[rows], self.truncated[rows]
 
     def read(self, row: int) -> list[npt.NDArray[Any]]:
         """Tokens of one text, `(length,)`, and what is beside them."""
@@ -101,16 +102,13 @@ class TokenBatches(Dataset[Batch]):
 
     def padded_lengths(self) -> Any:
         """Length of each text, padding included, if it were a batch of its own."""
-        lengths = self.tokens.lengths
-        return self.padded(lengths if self.texts.rows is None else lengths[self.texts.rows.numpy()])
+        return self.padded(self.tokens.of(self.texts)[0])
 
     def padded(self, length: Any) -> Any:
-        """Up to a multiple of 8, but not above `max_length`."""
         return np.minimum(-(-length // MULTIPLE) * MULTIPLE, self.max_length)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A whole batch; torch's loader calls this instead of `__getitem__` where it exists."""
-        index = torch.tensor([draw.row for draw in draws])
+        index, labels = drawn_labels(draws, self.texts.labels)
         rows = index if self.texts.rows is None else self.texts.rows[index]
         found = [self.tokens.read(row) for row in rows.tolist()]
         lengths = np.array([len(ids) for ids, *_ in found])
@@ -120,8 +118,6 @@ class TokenBatches(Dataset[Batch]):
         for line, text in enumerate(found):
             for column, values in zip(columns, text, strict=True):
                 column[line, : len(values)] = values
-        labels = self.texts.labels[index]
-        labels[torch.tensor([draw.is_padding for draw in draws])] = torch.nan if labels.is_floating_point() else IGNORED
         batch = {
             "input_ids": torch.from_numpy(columns[0]),
             "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
@@ -134,11 +130,7 @@ class TokenBatches(Dataset[Batch]):
 
 
 class WholeBatches(Dataset[Batch]):
-    """For a sampler that draws whole batches.
-
-    Args:
-        batches: Makes them.
-    """
+    """For a sampler that draws whole batches."""
 
     def __init__(self, batches: TokenBatches) -> None:
         self.batches = batches
@@ -147,16 +139,10 @@ class WholeBatches(Dataset[Batch]):
         return len(self.batches)
 
     def __getitem__(self, draws: list[Draw]) -> Batch:
-        """A whole batch."""
         return self.batches.__getitems__(draws)
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """Collate nothing: the data set here returns whole batches."""
-    return batch
-
-
-def as_written(token: str) -> str:
+def surface_form(token: str) -> str:
     """A token of WordPiece, SentencePiece or byte-level BPE as it stands in a text."""
     for mark in ("\u0120", "\u2581"):  # what byte-level BPE and SentencePiece put where a word begins
         token = token.replace(mark, " ")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from datamodules.labels.suspects import label_suspects, neighbours_say, text_suspects
+from datamodules.labels.suspects import label_suspects, neighbour_probabilities, text_suspects
 
 from ..parts.backbones import load_weights
 from .early import stop
@@ -199,5 +199,5 @@ def suspects(model: Any, data: Any, weights: str | None) -> list[list[str]] | st
         return f"labels were not looked at: {' '.join(str(error).split())}"
     names, rows = data.class_names, seen.nonzero().flatten()
     labels = part.labels[rows]
-    found = label_suspects(neighbours_say(features[rows], labels, len(names)), labels)
+    found = label_suspects(neighbour_probabilities(features[rows], labels, len(names)), labels)
     return [[part.name(int(rows[i])), names[int(part.labels[rows[i]])], names[named]] for i, named in found]

@@ -156,14 +156,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
     content = {
         "truncated": whole[: len(whole) // 2],
         "empty": b"",
-        "text": b"no picture",
+        "text": b"no image",
         "a folder's database": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(1000),
         "float": saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
         "int32 beyond 16 bits": tiff(RAMP.astype(np.int32) * 2),
     }
     if kind in content:
         (tmp_path / "it.jpg").write_bytes(content[kind])
-    with pytest.raises(ValueError, match=r"cannot read the picture the one: .*data\.on_error to skip"):
+    with pytest.raises(ValueError, match=r"cannot read the image the one: .*data\.on_error to skip"):
         decode(str(tmp_path / "it.jpg"), "the one")
 
 
@@ -284,7 +284,7 @@ def damage(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def another_reading(content: bytes) -> Array | None:
-    """The first picture by Pillow's own turn, or numpy's where that fails; `None` where there are no pixels."""
+    """The first image by Pillow's own turn, or numpy's where that fails; `None` where there are no pixels."""
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -342,7 +342,7 @@ def fuzz(form: str, count: int) -> tuple[int, int]:
         try:
             found = np.asarray(decode(io.BytesIO(content), "the one"))
         except ValueError as error:
-            assert "cannot read the picture the one: " in str(error)
+            assert "cannot read the image the one: " in str(error)
             refused += 1
             continue
         expected = another_reading(content)

@@ -26,7 +26,7 @@ def pictures(root: Path, **options: Any) -> ImageFolder:
 
 
 def epoch(data: ImageFolder) -> int:
-    """Pictures of a validation."""
+    """ImageSource of a validation."""
     return sum(len(data.on_after_batch_transfer(batch, 0)["image"]) for batch in data.val_dataloader())
 
 
@@ -75,7 +75,7 @@ print("the epoch came to its end")
 
 
 def test_a_worker_that_is_killed_ends_the_epoch_with_an_error(own_folder: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(write_folder(own_folder / "pictures", each=30))]
+    command = [sys.executable, "-c", KILLED, str(write_folder(own_folder / "images", each=30))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
     assert "came to its end" not in done.stdout, "whichever of torch's threads notices first says it in its own way"

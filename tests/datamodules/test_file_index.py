@@ -14,7 +14,7 @@ import torch
 from datamodules import ImageFolder
 from datamodules.files import index as file_index
 from datamodules.files.index import MappedPaths, list_files, list_tree
-from datamodules.images.sources import PictureFiles
+from datamodules.images.sources import ImageFiles
 from tests.conftest import write_folder
 
 SUFFIXES = (".jpg", ".png")
@@ -22,7 +22,7 @@ SUFFIXES = (".jpg", ".png")
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five pictures, and what is none; six files count as many."""
+    """Five images, and what is none; six files count as many."""
     monkeypatch.setattr(file_index, "MANY", 5)
     root = tmp_path / "tree"
     for name in ("a/1.jpg", "a/deep/2.JPG", "b/3.png", "b-c/4.jpg", "0.jpg", "a/x.txt", "a/.5.jpg", ".git/6.jpg"):
@@ -94,7 +94,7 @@ def test_names_that_are_no_text(tree: Path) -> None:
     (tree / "a" / name).touch()
     for _ in range(2):
         assert f"a/{name}" in list_files(tree, SUFFIXES)
-    assert PictureFiles([str(tree / "a" / name)], [0]).fingerprint()
+    assert ImageFiles([str(tree / "a" / name)], [0]).fingerprint()
 
 
 def test_a_folder_that_changes_meanwhile(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_few_files_leave_no_note(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one name begins another, from the list and from the note."""
     monkeypatch.setattr(file_index, "MANY", 5)
-    root = write_folder(tmp_path / "pictures", splits=(), classes=3, each=4)
+    root = write_folder(tmp_path / "images", splits=(), classes=3, each=4)
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     for folder, name in zip(folders, ("ant", "ant-eater", "ant.2"), strict=True):
         folder.rename(root / name)
@@ -159,4 +159,4 @@ def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.M
             assert [data.class_names[label] for label in pictures.labels] == [name.parent.name for name in names]
             found.append(names)
     assert found[:3] == found[3:]
-    assert sum(map(len, found[:3])) == 12, "a stray picture belongs to no class"
+    assert sum(map(len, found[:3])) == 12, "a stray image belongs to no class"

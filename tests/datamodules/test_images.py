@@ -1,4 +1,4 @@
-"""Every image data module: splits, batches, broken pictures, resume; on data in the true formats."""
+"""Every image data module: splits, batches, broken images, resume; on data in the true formats."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_balanced_epoch_shows_rare_classes_as_often_and_never_twice_alike(tmp_
     assert len(labels) == 14
     assert labels.bincount().tolist() == [7, 7]
     images = torch.cat([batch["image"] for batch in batches])[labels == 1].flatten(1)
-    assert len(images.unique(dim=0)) == 7, "two pictures, each time augmented anew"
+    assert len(images.unique(dim=0)) == 7, "two images, each time augmented anew"
 
 
 def test_folds_hold_every_sample_once_and_every_class_alike() -> None:
@@ -165,7 +165,7 @@ def test_folds_hold_every_sample_once_and_every_class_alike() -> None:
 
 
 def test_a_fold_is_recorded(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "pictures", splits=(), classes=2, each=10)
+    root = write_folder(tmp_path / "images", splits=(), classes=2, each=10)
     seen: list[str] = []
     for number in range(4):
         data = ImageFolder(root, image_size=32, fold=(number, 4), seed=2)
@@ -236,7 +236,7 @@ def test_a_truncated_picture_is_named_or_skipped(tmp_path: Path, size: int) -> N
     broken = truncate(root / "train" / "class_1" / "3.jpg")
     data = ImageFolder(root, image_size=size, batch_size=4, num_workers=0)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"cannot read the picture .*class_1.3\.jpg.*on_error to skip"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*class_1.3\.jpg.*on_error to skip"):
         rows(data, "train")
     data = ImageFolder(root, image_size=size, batch_size=4, num_workers=0, on_error="skip")
     data.setup("fit")
@@ -251,7 +251,7 @@ def test_a_batch_of_nothing_readable_is_an_error(tmp_path: Path) -> None:
         truncate(path)
     data = ImageFolder(root, image_size=100, batch_size=4, num_workers=0, on_error="skip")
     data.setup("fit")
-    with pytest.raises(ValueError, match="no picture of a batch of 4 can be read"):
+    with pytest.raises(ValueError, match="no image of a batch of 4 can be read"):
         rows(data, "train")
 
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_read_is_black_in_predict_and_named(tmp_path: Path, size:
     assert rest["index"].tolist() == [2, 3]
     data = ImageFolder(root, image_size=size, eval_batch_size=2, num_workers=0, on_error="raise")
     data.setup("predict")
-    with pytest.raises(ValueError, match="cannot read the picture"):
+    with pytest.raises(ValueError, match="cannot read the image"):
         rows(data, "predict")
 
 
@@ -305,8 +305,8 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
 
 
 def test_text_is_no_picture(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"cannot read the picture a\.jpg"):
+    (tmp_path / "a.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"cannot read the image a\.jpg"):
         decode(str(tmp_path / "a.jpg"), "a.jpg")
 
 
@@ -325,7 +325,7 @@ def test_folder_layouts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_mistakes_in_a_folder_get_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere: expected one folder of pictures per class"):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere: expected one folder of images per class"):
         _ = ImageFolder(tmp_path / "nowhere").class_names
     root = write_folder(tmp_path / "one", classes=1)
     with pytest.raises(ValueError, match=r"two or more classes; found \['class_0'\]"):
@@ -336,7 +336,7 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path: Path) -> None:
         ImageFolder(root).setup()
     root = write_folder(tmp_path / "empty")
     (root / "train" / "zebra").mkdir()
-    with pytest.raises(ValueError, match="no picture of class 'zebra'"):
+    with pytest.raises(ValueError, match="no image of class 'zebra'"):
         ImageFolder(root).setup()
     with pytest.raises(FileNotFoundError, match="set data.predict_root"):
         ImageFolder(write_folder(tmp_path / "f"), predict_root=tmp_path / "nowhere").setup()
@@ -374,9 +374,9 @@ def test_all_that_can_be_read_is_read_and_what_is_left_out_is_said(
         data.setup()
     assert data.class_counts == [8, 4]
     for words in (
-        f"5 files of {root}/train have no picture's ending: 2 .txt, 1 ",
-        f"1 picture of {root}/train lies in no class folder, first loose.jpg",
-        f"beside the splits of {root} lie beside.jpg, extra/, with pictures: 2",
+        f"files in {root}/train without an image's ending: 5 (2 .txt, 1 ",
+        f"images in {root}/train, but in no class folder: 1, first loose.jpg",
+        f"beside the splits of {root} lie beside.jpg, extra/, with images: 2",
     ):
         assert any(words in sentence for sentence in data.omitted), data.omitted
         assert f"data: left out: {words}" in caplog.text
@@ -394,7 +394,7 @@ def test_a_split_of_no_use_is_refused(tmp_path: Path, split: str, kind: str) -> 
             picture(number).save(root / split / f"{number}.jpg")
     words = "all 3 lie in no class folder" if kind == "loose" else "it is empty"
     with pytest.raises(
-        ValueError, match=rf"no picture for {split} in .*{split}: {words}.*one folder per class.*predict_root"
+        ValueError, match=rf"no image for {split} in .*{split}: {words}.*one folder per class.*predict_root"
     ):
         ImageFolder(root, image_size=32).setup()
 
@@ -412,7 +412,7 @@ def test_a_table_without_rows_is_no_split(tmp_path: Path) -> None:
         "train": str(write_parquet(tmp_path / "a.parquet", 9)),
         "test": str(write_parquet(tmp_path / "b.parquet", 0)),
     }
-    with pytest.raises(ValueError, match="the test split holds no picture"):
+    with pytest.raises(ValueError, match="the test split holds no image"):
         ParquetImages(files["train"], test_files=files["test"], val_files=files["train"], image_size=32).setup()
 
 
@@ -436,7 +436,7 @@ def test_classes_that_a_split_lacks_are_named(tmp_path: Path, caplog: pytest.Log
         file.unlink()
     with caplog.at_level(logging.WARNING):
         ImageFolder(root, image_size=32).setup()
-    assert "data: val has no picture of class_1: its figures" in caplog.text and "test has no" not in caplog.text
+    assert "data: val has no image of class_1: its figures" in caplog.text and "test has no" not in caplog.text
 
 
 # ---- what cannot be read is left out, by one rule on both ways
@@ -462,12 +462,12 @@ def test_a_whole_batch_of_nothing_readable_is_left_out(tmp_path: Path, size: int
         truncate(path)
     for path in (root / "test" / "class_1").iterdir():
         truncate(path)
-    with pytest.raises(ValueError, match="no picture of a batch of .* nor any other of its split"):
+    with pytest.raises(ValueError, match="no image of a batch of .* nor any other of its split"):
         rows(data, "test")
 
 
 def test_a_batch_of_nothing_counts_nothing(tmp_path: Path) -> None:
-    """The loss and the metrics are those of the pictures that there are."""
+    """The loss and the metrics are those of the images that there are."""
     from recipes.vision import main
 
     found = []
@@ -511,11 +511,11 @@ def test_labels_may_be_names_or_numbers(tmp_path: Path) -> None:
         data = HuggingFaceImages("parquet", data_files={"train": path}, test_split=None, val_share=0.25, image_size=16)
         data.setup()
         assert data.class_names == names
-        assert sorted(data.splits["train"].pictures.labels.tolist()) == [0] * 4 + [1] * 4  # type: ignore[attr-defined]
+        assert sorted(data.splits["train"].images.labels.tolist()) == [0] * 4 + [1] * 4  # type: ignore[attr-defined]
 
 
 def table(path: Path, labels: list[Any], kind: Any = None) -> str:
-    """Pictures and labels in Parquet: a ClassLabel of these names, a type of `datasets`, or without metadata."""
+    """ImageSource and labels in Parquet: a ClassLabel of these names, a type of `datasets`, or without metadata."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -599,8 +599,8 @@ def test_labels_of_pictures_in_a_csv(tmp_path: Path) -> None:
     assert data.class_names == ["1", "2", "4"] and data.splits["test"].labels.tolist() == [2, 0]
     assert data.splits["test"].read(0).size == (48, 40)
     for split, words in (
-        ("strange", "row 1 of split 'strange': label '3' is not among"),
-        ("gap", "row 1 of split 'gap': there is no label"),
+        ("strange", "split 'strange', row 1: label '3' is not among"),
+        ("gap", "split 'gap', row 1: there is no label"),
     ):
         with pytest.raises(ValueError, match=words):
             HuggingFaceImages("csv", data_files=files, image_size=16, test_split=split).setup()

@@ -1,4 +1,4 @@
-"""Copies are found, however plain the pictures are, and what only looks alike is left alone."""
+"""Copies are found, however plain the images are, and what only looks alike is left alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance
 
-from datamodules.images.inspection import Looked, alike, inspect_pictures, look
-from datamodules.images.sources import PictureFiles
+from datamodules.images.inspection import ImageStats, alike, image_stats, inspect_images
+from datamodules.images.sources import ImageFiles
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -57,7 +57,7 @@ def sign(seed: int) -> Image.Image:
 
 
 class Held:
-    """Pictures as they are."""
+    """ImageSource as they are."""
 
     def __init__(self, images: list[Image.Image]) -> None:
         self.images, self.labels = images, torch.zeros(len(images), dtype=torch.long)
@@ -73,12 +73,12 @@ class Held:
 
 
 def thumbnails(images: list[Image.Image]) -> np.ndarray:
-    looked: list[Looked] = [look(Held(images), index) for index in range(len(images))]
+    looked: list[ImageStats] = [image_stats(Held(images), index) for index in range(len(images))]
     return np.array([one.thumbnail for one in looked])
 
 
 def planted(images: list[Image.Image], each: int) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """Copies of every kind that were added to these pictures, and pairs that are found."""
+    """Copies of every kind that were added to these images, and pairs that are found."""
     pairs, all_of_them = set(), list(images)
     for number, copy in enumerate([copy for copy in COPIES.values() for _ in range(each)]):
         pairs.add((number, len(all_of_them)))
@@ -120,7 +120,7 @@ def test_two_pictures_have_no_neighbours_to_be_held_against() -> None:
     assert alike(thumbnails([outline(0)])) == []
 
 
-@pytest.mark.skipif("FINETUNING_DATA" not in os.environ, reason="needs real pictures")
+@pytest.mark.skipif("FINETUNING_DATA" not in os.environ, reason="needs real images")
 @pytest.mark.parametrize("folder", ["hymenoptera/train", "grocery/val"])
 def test_photographs(folder: str) -> None:
     files = sorted((Path(os.environ["FINETUNING_DATA"]) / folder).glob("*/*.jpg"))
@@ -132,6 +132,6 @@ def test_how_alike_stands_beside_each_pair(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{name}.png") for name in ("a", "b", "half")]
     for file, image in zip(files, (outline(0), outline(1), half(outline(0))), strict=True):
         image.save(file)
-    found = inspect_pictures({"train": PictureFiles(files, [0, 0, 0])}, ["one"], workers=0)
+    found = inspect_images({"train": ImageFiles(files, [0, 0, 0])}, ["one"], workers=0)
     assert found["rescaled"] == [[["train", files[0]], ["train", files[2]]]]
     assert len(found["similarity"]) == 1 and 0.95 < found["similarity"][0] <= 1

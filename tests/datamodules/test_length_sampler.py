@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from datamodules.sampling.draws import Draw
 from datamodules.sampling.samplers import LengthSampler, balanced_rows, cuts
-from datamodules.sampling.seeds import Draw
 
 LENGTHS = np.random.default_rng(0).integers(1, 17, 1003) * 8
 

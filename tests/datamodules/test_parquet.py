@@ -1,4 +1,4 @@
-"""Pictures in Parquet files: each row group is read once, ranks and workers agree, faults have names."""
+"""ImageSource in Parquet files: each row group is read once, ranks and workers agree, faults have names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from datamodules import ParquetImages
-from datamodules import parquet_images as module
+from datamodules.images import row_groups as module
 from datamodules.sampling.samplers import BlockSampler
 from recipes.vision import main
 
@@ -166,7 +166,7 @@ def test_plain_parquet_without_metadata(tmp_path: Path, labels: list[Any]) -> No
 def test_a_column_of_paths_is_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "label": [0, 1]}), tmp_path / "a.parquet")
     data = made(str(tmp_path / "a.parquet"), val_files=str(tmp_path / "a.parquet"))
-    with pytest.raises(ValueError, match="a.parquet#1 has no picture, only a path, b.jpg"):
+    with pytest.raises(ValueError, match="a.parquet#1 has no image, only a path, b.jpg"):
         data.splits["train"].read(1)
 
 
@@ -294,7 +294,7 @@ def test_labels_that_cannot_be(tmp_path: Path, shards: str) -> None:
 def test_rows_sorted_by_class_cannot_be_split_by_row_groups(tmp_path: Path, shards: str) -> None:
     table = pq.read_table(shards.replace("*", "0")).sort_by("label")
     pq.write_table(table, tmp_path / "sorted.parquet", row_group_size=10)
-    with pytest.raises(ValueError, match=r"no training picture of class .* is left.*name data.val_files"):
+    with pytest.raises(ValueError, match=r"no training image of class .* is left.*name data.val_files"):
         made(str(tmp_path / "sorted.parquet"), val_share=0.1)
     pq.write_table(table, tmp_path / "one.parquet")
     with pytest.raises(ValueError, match="one row group"):

@@ -108,11 +108,11 @@ def test_pictures_are_cut_to_the_box_around_all_dogs(server: Any, tmp_path: Path
     whole = dogs(server, tmp_path / "dogs")
     whole.setup("fit")
     cut, full = data.splits["test"].read(3), whole.splits["test"].read(3)
-    assert cut.size == (48 - 4, 30 - 2), "no further than the picture goes"
+    assert cut.size == (48 - 4, 30 - 2), "no further than the image goes"
     assert cut.tobytes() == full.crop((4, 2, 48, 30)).tobytes()
     note = tmp_path / "dogs" / "Annotation" / BREEDS[0] / "n02085620_8"
     note.write_text(BOX.replace("<xmin>4<", "<xmin>70<").replace("<xmin>10<", "<xmin>70<"))
-    with pytest.raises(ValueError, match=r"the box of .*n02085620_8 lies outside its picture of 48 x 40 pixels"):
+    with pytest.raises(ValueError, match=r"the box of .*n02085620_8 lies outside its image of 48 x 40 pixels"):
         data.splits["test"].read(0)
     note.write_text("<annotation>")
     with pytest.raises(ValueError, match=r"cannot read a box from .*n02085620_8"):
@@ -120,7 +120,7 @@ def test_pictures_are_cut_to_the_box_around_all_dogs(server: Any, tmp_path: Path
 
 
 def test_boxes_change_the_fingerprint(server: Any, tmp_path: Path) -> None:
-    """Features of whole pictures are not those of cut ones."""
+    """Features of whole images are not those of cut ones."""
     found = []
     for crop in (False, True):
         data = dogs(server, tmp_path / "dogs", crop_to_box=crop)

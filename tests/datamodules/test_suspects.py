@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from datamodules.labels.suspects import label_suspects, neighbours_say, others_say
+from datamodules.labels.suspects import cross_validated_probabilities, label_suspects, neighbour_probabilities
 
 
 def test_a_suspect_needs_neighbours_of_one_voice() -> None:
@@ -13,13 +13,13 @@ def test_a_suspect_needs_neighbours_of_one_voice() -> None:
     centres = torch.eye(3).repeat_interleave(30, 0) * 5
     labels = torch.arange(3).repeat_interleave(30)
     features = centres + torch.randn(90, 3) * 0.2
-    assert label_suspects(neighbours_say(features, labels, 3), labels) == []
+    assert label_suspects(neighbour_probabilities(features, labels, 3), labels) == []
     wrong = labels.clone()
     wrong[[4, 50]] = torch.tensor([2, 0])
-    assert sorted(label_suspects(neighbours_say(features, wrong, 3), wrong)) == [(4, 0), (50, 1)]
-    assert sorted(label_suspects(others_say(features.numpy(), wrong, 3), wrong)) == [(4, 0), (50, 1)]
+    assert sorted(label_suspects(neighbour_probabilities(features, wrong, 3), wrong)) == [(4, 0), (50, 1)]
+    assert sorted(label_suspects(cross_validated_probabilities(features.numpy(), wrong, 3), wrong)) == [(4, 0), (50, 1)]
     noise = torch.randn(90, 3)
-    for told in (others_say(noise.numpy(), labels, 3), neighbours_say(noise, labels, 3)):
+    for told in (cross_validated_probabilities(noise.numpy(), labels, 3), neighbour_probabilities(noise, labels, 3)):
         assert len(label_suspects(told, labels)) <= 2, "where nothing can be learnt, nothing is sure"
 
 
@@ -51,13 +51,13 @@ def test_suspects_by_hand() -> None:
 def test_nobody_is_asked_about_itself() -> None:
     features = np.eye(20, dtype=np.float32)
     labels = torch.arange(20) % 2
-    assert others_say(features, labels, 2).allclose(torch.full((20, 2), 0.5), atol=0.01)
-    assert neighbours_say(torch.eye(2), torch.tensor([0, 1]), 2).tolist() == [[0, 1], [1, 0]]
-    assert neighbours_say(torch.eye(1), torch.tensor([0]), 2).tolist() == [[0, 0]]
+    assert cross_validated_probabilities(features, labels, 2).allclose(torch.full((20, 2), 0.5), atol=0.01)
+    assert neighbour_probabilities(torch.eye(2), torch.tensor([0, 1]), 2).tolist() == [[0, 1], [1, 0]]
+    assert neighbour_probabilities(torch.eye(1), torch.tensor([0]), 2).tolist() == [[0, 0]]
 
 
 def test_a_class_of_one_sample_is_nobodys() -> None:
     features, labels = np.eye(11, 3, dtype=np.float32), torch.tensor([0] * 5 + [1] * 5 + [2])
-    told = others_say(features, labels, 4)
+    told = cross_validated_probabilities(features, labels, 4)
     assert told[10, 2] == 0 and told[:, 3].sum() == 0
     assert torch.allclose(told.sum(1), torch.ones(11))

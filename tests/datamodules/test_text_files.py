@@ -10,7 +10,8 @@ import datasets
 import pytest
 import torch
 
-from datamodules import TextFiles, text_files
+from datamodules import TextFiles
+from datamodules.texts import reading
 from datamodules.texts.rows import rows_of
 
 ROWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("two\nlines", "good"), ("déjà vu", "bad")]
@@ -170,7 +171,7 @@ def test_a_file_is_read_once_and_again_when_it_changes(own_folder: Path, monkeyp
         calls.append(args)
         return rows_of(*args, **options)
 
-    monkeypatch.setattr(text_files, "rows_of", counted)
+    monkeypatch.setattr(reading, "rows_of", counted)
     path = csv(own_folder, "text,label", "a,x", "once,y")
     for _ in range(2):
         assert len(TextFiles(path).read_splits()["train"]) == 2

@@ -78,7 +78,7 @@ def test_texts_of_many_lines_stay_whole(own_folder: Path) -> None:
 
 
 def test_a_field_without_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datamodules.text_rows.LONGEST", 50)
+    monkeypatch.setattr("datamodules.texts.delimited.LONGEST", 50)
     found = read(numbered(200, row20='"text 20,a'))
     assert len(found) == 200 and "more than 50 lines" in found[20][2]
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from callbacks import predictions
-from datamodules.images.sources import PictureFiles
+from datamodules.images.sources import ImageFiles
 from datamodules.texts.tokens import TokenBatches
 from recipes import text, vision
 from recipes.parts.checkpoints import load_checkpoint
@@ -124,14 +124,14 @@ def kill_me() -> None:
 
 def note_what_is_read(patch: pytest.MonkeyPatch, file: Path) -> None:
     """Adds a line for each picture that any process of this run reads."""
-    read = PictureFiles.read
+    read = ImageFiles.read
 
-    def noted(self: PictureFiles, index: int) -> Any:
+    def noted(self: ImageFiles, index: int) -> Any:
         with file.open("a") as out:
             out.write(f"{index}\n")
         return read(self, index)
 
-    patch.setattr(PictureFiles, "read", noted)
+    patch.setattr(ImageFiles, "read", noted)
 
 
 def test_a_moved_checkpoint_predicts_all_that_can_be_read_and_lists_the_rest(

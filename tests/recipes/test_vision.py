@@ -338,7 +338,7 @@ def test_broken_pictures_in_a_worker_get_a_sentence(own_folder: Path, capsys: py
     with pytest.raises(SystemExit):
         main([*QUICK, *options])
     answer = capsys.readouterr().err
-    assert "cannot read the picture" in answer and str(broken) in answer and "Traceback" not in answer
+    assert "cannot read the image" in answer and str(broken) in answer and "Traceback" not in answer
     cli = main([*QUICK, *options, "--data.on_error=skip"])
     assert len(cli.datamodule.skipped) == 1
     assert "1 skipped that cannot be read" in capsys.readouterr().out
