@@ -43,12 +43,12 @@ LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 class Docstrings(TextDataModule):
-    """Docstrings of modules, classes and functions of the standard library; what is to be found is what they are about.
+    """Docstrings of modules, classes and functions of the standard library; the task is to tell what they are about.
 
     Contents: about 5,300 docstrings of four words and more, of 7 kinds of modules with 550 to 900 each: concurrency,
     data formats, data types, files, language, networking, testing. A docstring that occurs twice counts once, and
-    not at all if it does so in two kinds. Python's version decides what there is; modules that distributions leave
-    out, such as tkinter, are not used.
+    not at all if it does so in two kinds. Python's version decides what there is; modules that distributions omit,
+    such as tkinter, are not used.
     Splits: 20 % for the test, the same whatever the seed; `val_share` of the rest for validation. Docstrings of one
     file share their words, so each file is in one split as a whole: drawn one by one, most would be found by their
     neighbours' words.
@@ -61,7 +61,7 @@ class Docstrings(TextDataModule):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.problem_type != "single_label_classification":
-            raise ValueError(f"a docstring has one kind; data.problem_type {self.problem_type!r} does not fit")
+            raise ValueError(f"a docstring has one label: data.problem_type {self.problem_type!r} is not possible")
 
     @property
     def class_names(self) -> list[str]:
@@ -83,7 +83,7 @@ class PackageDocstrings(TextDataModule):
     """Docstrings of all of the standard library and of installed packages: English about code, to pre-train on.
 
     Contents: docstrings of four words and more; one that occurs twice counts once. Those that `Docstrings` tests on
-    are left out. There are no labels. Splits: all are for training; `val_share` of them is held out.
+    are omitted. There are no labels. Splits: all are for training; `val_share` of them is held out.
     Licence: that of each package. Source: what is installed here.
 
     Args:
@@ -149,9 +149,9 @@ def read_kinds() -> Iterator[dict[str, str]]:
             yield {"text": text, "label": places[0][0], "file": places[0][1]}
 
 
-def read_unlabelled(sources: Iterable[Path], left_out: frozenset[str]) -> Iterator[dict[str, str]]:
+def read_unlabelled(sources: Iterable[Path], omitted: frozenset[str]) -> Iterator[dict[str, str]]:
     """Each docstring of the sources once."""
-    seen = set(left_out)
+    seen = set(omitted)
     for source in sources:
         for text in docstrings_of(source):
             if text not in seen:

@@ -78,7 +78,7 @@ class ImageFolder(ImageDataModule):
             several = sorted(folder for folder in folders if folder.name.lower() in names)
             if len(several) > 1:
                 listed = " and ".join(f"{folder.name}/" for folder in several)
-                raise ValueError(f"{root} has {listed}, each for {split}: leave one, or put what they hold together")
+                raise ValueError(f"{root} has {listed}, each for {split}: keep one, or merge them")
             if several:
                 found[split] = several[0]
         if "train" not in found:
@@ -127,7 +127,7 @@ class ImageFolder(ImageDataModule):
     def _list(self, split: str, folder: Path) -> ImageSource:
         strangers = {e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."} - set(self.class_names)
         if strangers:
-            raise ValueError(f"{folder} has classes that the training folder has not: {', '.join(sorted(strangers))}")
+            raise ValueError(f"{folder} has classes that the training folder lacks: {', '.join(sorted(strangers))}")
         paths, others = list_tree(folder, readable_endings())
         labels = torch.full((len(paths),), -1)
         for label, name in enumerate(self.class_names):  # paths are sorted: those of a class are neighbours
@@ -136,8 +136,8 @@ class ImageFolder(ImageDataModule):
         if len(loose) == len(paths):
             beside = f"all {len(loose):,} lie in no class folder" if len(loose) else "it is empty"
             raise ValueError(
-                f"no image for {split} in {folder}: {beside}. Sort them into one folder per class, or call it "
-                "otherwise; what has no class is for data.predict_root"
+                f"no image for {split} in {folder}: {beside}. Sort them into one folder per class, or rename "
+                "it; images without a class are for data.predict_root"
             )
         found = set(labels.tolist())
         empty = [name for label, name in enumerate(self.class_names) if label not in found]

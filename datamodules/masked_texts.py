@@ -163,16 +163,7 @@ class Pieces(Tokens):
 
 
 class MaskedBatches(TokenBatches):
-    """Whole batches of tokens with masked words.
-
-    Args:
-        *args: Those of `TokenBatches`.
-        mask: Number of the masking token.
-        vocab_size: Tokens that may stand in for others.
-        share: Part of the words to choose.
-        seed: The run's seed.
-        train: Whether other words are chosen in each epoch.
-    """
+    """Whole batches of tokens with masked words; while training other words in each epoch."""
 
     def __init__(self, *args: Any, mask: int, vocab_size: int, share: float, seed: int, train: bool) -> None:
         super().__init__(*args)
@@ -205,7 +196,7 @@ def mask_words(
         vocab_size: Tokens that may stand in for others.
 
     Returns:
-        Tokens with the chosen words masked (80 %), exchanged (10 %) or left (10 %); and the chosen words' own tokens,
+        Tokens with the chosen words masked (80 %), exchanged (10 %) or kept (10 %), and the chosen words' own tokens,
         -100 elsewhere; both `(batch, length)`.
     """
     real = words >= 0

@@ -33,7 +33,7 @@ class ParquetImages(ImageDataModule):
     At the start footers and labels are read, and no image. An epoch permutes the row groups, and samples among
     `shuffle_rows` neighbours of that order: files whose rows are sorted by class should be shuffled once, when they are
     written. The row groups of these neighbours are held in memory, still encoded. Ranks get equal numbers of steps,
-    whatever the sizes of files and row groups; a run resumed amid an epoch goes on with the sample that was next.
+    whatever the sizes of files and row groups; a run resumed during an epoch continues with the sample that was next.
 
     Args:
         train_files: A file, a pattern or several of these: paths or addresses (`hf://`, `s3://`, `https://`).
@@ -57,10 +57,12 @@ class ParquetImages(ImageDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if self.fold is not None:
-            raise ValueError("data.fold needs single samples, and Parquet files are read by row groups: name val_files")
+            raise ValueError(
+                "data.fold needs single samples, but Parquet files are read by row groups: set data.val_files"
+            )
         if self.balance:
             raise ValueError(
-                "data.balance needs single samples, and Parquet files are read by row groups: take model.class_weights"
+                "data.balance needs single samples, but Parquet files are read by row groups: set model.class_weights"
             )
         self.files = {"train": train_files, "val": val_files, "test": test_files}
         self.image_column, self.label_column, self.shuffle_rows = image_column, label_column, shuffle_rows
@@ -83,9 +85,7 @@ class ParquetImages(ImageDataModule):
     def read_splits(self) -> dict[str, ImageSource]:
         splits: dict[str, ImageSource] = {
             split: RowGroups(
-                shards,
-                self.image_column,
-                label_numbers(labels_of(shards), self.class_names, RowNamer(shards)),
+                shards, self.image_column, label_numbers(labels_of(shards), self.class_names, RowNamer(shards))
             )
             for split, shards in self.shards.items()
         }
@@ -98,7 +98,7 @@ class ParquetImages(ImageDataModule):
             if missing:
                 raise ValueError(
                     f"no training image of class {self.class_names[min(missing)]!r} is left when whole row groups "
-                    f"are held out for validation: name data.val_files, or shuffle the rows when the files are written"
+                    f"are held out for validation: set data.val_files, or shuffle the rows when the files are written"
                 )
         return splits
 
@@ -106,7 +106,7 @@ class ParquetImages(ImageDataModule):
         """Truth values, `(n,)`: whole row groups at random, about `val_share` of the samples."""
         count = int(blocks[-1]) + 1
         if count < 2:
-            raise ValueError("the training files have one row group, and none can be held out: name data.val_files")
+            raise ValueError("the training files have one row group, and none can be held out: set data.val_files")
         order = np.random.default_rng(hash_seed(self.seed, count)).permutation(count)
         ends = np.cumsum(np.bincount(blocks)[order])
         chosen = order[: min(int(np.searchsorted(ends, self.val_share * len(blocks))) + 1, count - 1)]

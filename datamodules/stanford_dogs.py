@@ -82,10 +82,8 @@ class StanfordDogs(ImageDataModule):
 
     def lacking(self, parts: dict[str, str]) -> dict[str, str]:
         """Folders that are not there, with their archives."""
-        there = {folder for folder in parts if (self.root / folder).is_dir()}
-        if self.list_folder == self.root:
-            there.add("lists")
-        return {folder: name for folder, name in parts.items() if folder not in there}
+        there = "lists" if self.list_folder == self.root else ""
+        return {folder: name for folder, name in parts.items() if folder != there and not (self.root / folder).is_dir()}
 
     def unpack_all(self, parts: dict[str, str]) -> None:
         """Fetch archives that are not there, and unpack each into its folder."""
@@ -116,13 +114,7 @@ class StanfordDogs(ImageDataModule):
 
 
 class BoxedFiles(ImageFiles):
-    """Images in files, cut to the boxes around what they show.
-
-    Args:
-        paths: The images.
-        boxes: For each an XML file as in PASCAL VOC.
-        labels: Their classes, `(n,)`.
-    """
+    """Images in files, cut to the boxes around what they show: for each an XML file as in PASCAL VOC."""
 
     def __init__(self, paths: list[str], boxes: list[str], labels: list[int]) -> None:
         super().__init__(paths, labels)
@@ -137,10 +129,8 @@ class BoxedFiles(ImageFiles):
 
 
 def read_box(file: str, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower end in pixels of the smallest box around all boxes of a file.
-
-    Raises:
-        ValueError: It cannot be read, or has no box inside the image.
+    """Left, upper, right and lower end in pixels of the smallest box around all boxes of a file; a ValueError where it
+    cannot be read, or has no box inside the image.
     """
     try:
         found = [
@@ -157,12 +147,7 @@ def read_box(file: str, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def read_list(file: Path) -> tuple[list[str], list[int]]:
-    """Files, as `<breed>/<name>.jpg`, and labels from 0, of a MATLAB list.
-
-    Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It is no such list.
-    """
+    """Files, as `<breed>/<name>.jpg`, and labels from 0, of a MATLAB list; a ValueError where it is no such list."""
     from scipy.io import loadmat, matlab  # slow to import: only where it is used
 
     if not file.is_file():

@@ -181,23 +181,16 @@ class TextFiles(TextDataModule):
         options: dict[str, Any] = {
             "text_columns": tuple(self.text_columns),
             "label_column": None if split == "predict" else self.label_column,
-            "problem_type": self.problem_type,
-            "label_separator": self.label_separator,
-            "separator": self.separator,
-            "quoted": self.quoted,
-            "encoding": self.encoding,
         }
+        for name in ("problem_type", "label_separator", "separator", "quoted", "encoding"):
+            options[name] = getattr(self, name)
         key = self.digest(READER, options, [(file.suffix, digest(file)) for file in files])
-        label = {
-            "multi_label_classification": datasets.List(datasets.Value("string")),
-            "regression": datasets.Value("float64"),
-        }
+        string = datasets.Value("string")
+        label = {"multi_label_classification": datasets.List(string), "regression": datasets.Value("float64")}
         features = {
-            **{name: datasets.Value("string") for name in ("text", "pair")[: len(self.text_columns)]},
-            "label": label.get(self.problem_type, datasets.Value("string")),
-            "file": datasets.Value("int32"),
-            "line": datasets.Value("int64"),
-            "problem": datasets.Value("string"),
+            **dict.fromkeys(("text", "pair")[: len(self.text_columns)], string),
+            "label": label.get(self.problem_type, string),
+            **{"file": datasets.Value("int32"), "line": datasets.Value("int64"), "problem": string},
         }
         with progress_bars(sum(file.stat().st_size for file in files) > 200 * MANY):
             return cached_table(key, datasets.Features(features), functools.partial(read_files, files, **options))
@@ -206,4 +199,5 @@ class TextFiles(TextDataModule):
 def usable(table: Any) -> tuple[list[int], list[Any]]:
     """Rows of a table that nothing is wrong with, and their labels as the files have them."""
     rows = [row for row, problem in enumerate(table.data["problem"].to_pylist()) if not problem]
-    return rows, table.data["label"].take(rows).to_pylist()
+    labels = table.data["label"].to_pylist()
+    return rows, [labels[row] for row in rows]

@@ -17,17 +17,13 @@ BLOCK = 1 << 20
 
 
 def download(url: str, file: Path, size: int, sha256: str) -> None:
-    """Fetch a file, going on where an earlier try was cut off; it has its name only when it is whole and right.
+    """Fetch a file of known size, resuming where an earlier try was cut off; it has its name only when it is whole.
 
-    Args:
-        url: Address, of http, https or file.
-        file: Where to; `<file>.part` beside it holds what has come so far.
-        size: Bytes that it must have.
-        sha256: Hash that it must have, in hexadecimal digits.
+    The address may begin with http, https or file; `<file>.part` beside the file holds what has come so far.
 
     Raises:
         ConnectionError: The address cannot be reached, or the connection broke; what came is kept.
-        ValueError: What came is not the file; it is removed.
+        ValueError: What came has another SHA-256; it is removed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
@@ -38,14 +34,16 @@ def download(url: str, file: Path, size: int, sha256: str) -> None:
         except (OSError, http.client.HTTPException) as error:
             have = part.stat().st_size if part.exists() else 0
             raise ConnectionError(
-                f"cannot download {url}: {error}; {have:,} of {size:,} bytes are in {part}, the next try goes on there"
+                f"cannot download {url}: {error}; {have:,} of {size:,} bytes are in {part}, the next try resumes there"
             ) from error
     found = part.stat().st_size
     if found < size:
-        raise ConnectionError(f"the download of {url} broke off at {found:,} of {size:,} bytes; the next try goes on")
+        raise ConnectionError(
+            f"the download of {url} broke off at {found:,} of {size:,} bytes; the next try resumes there"
+        )
     if digest(part) != sha256:
         part.unlink()
-        raise ValueError(f"{url} has not the content that is expected (SHA-256 {sha256}); what came was removed")
+        raise ValueError(f"{url} does not have the expected content (SHA-256 {sha256}); the download was removed")
     part.rename(file)
 
 
@@ -76,15 +74,9 @@ def digest(file: Path) -> str:
 
 
 def unpack(archive: Path, folder: Path, inside: str = ".") -> None:
-    """Unpack a tar archive into a folder that is there either as a whole or not at all.
+    """Unpack a tar archive's folder `inside` into a folder that exists either as a whole or not at all.
 
-    Only files and folders below it are written: no links, no devices, nothing elsewhere, nothing with rights of its
-    own.
-
-    Args:
-        archive: A tar file, compressed or not.
-        folder: Where to; it must not exist yet.
-        inside: The folder in the archive that becomes it.
+    Only files and folders below it are made: no links, no devices, nothing elsewhere, nothing with rights of its own.
 
     Raises:
         ValueError: A member that does not belong into an archive of data, or a file that is no archive or lacks

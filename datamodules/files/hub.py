@@ -16,12 +16,12 @@ def load_splits(
 
     Args:
         source: Arguments of `datasets.load_dataset`.
-        split_names: Name here to name there; those without one are left out.
+        split_names: Name here to name there; those without one are omitted.
         columns: What each split must have.
 
     Raises:
         FileNotFoundError: No such data set, or the hub cannot be reached.
-        ValueError: A split or a column that is not there.
+        ValueError: A split or a column that does not exist.
     """
     import datasets  # slow to import: only where it is used
 
@@ -61,10 +61,8 @@ def row_namer(path: str, split: str | None) -> Callable[[int], str]:
 
 
 def check_class_labels(data_files: Mapping[str, Any] | None, tables: Mapping[str, Any]) -> None:
-    """Refuse Parquet files whose classes stand in another order than the first one's, by which all are read.
-
-    Raises:
-        ValueError: Names such a file.
+    """Refuse, with a ValueError that names it, a Parquet file whose classes stand in another order than the first
+    one's, by which all are read.
     """
     import pyarrow.parquet  # comes with datasets
 

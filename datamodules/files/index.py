@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-MANY = 50_000  # below, listing them again is as fast as reading what was noted
+MANY = 50_000  # below, listing them again is as fast as reading the saved listing
 
 
 def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
@@ -26,18 +26,15 @@ def list_files(root: str | Path, suffixes: tuple[str, ...]) -> Sequence[str]:
 def list_tree(root: str | Path, suffixes: tuple[str, ...]) -> tuple[Sequence[str], dict[str, int]]:
     """Paths as of `list_files`, and how many files have other endings, by ending, the most frequent first.
 
-    No file is opened or asked for its size. Of many files a note is kept in torch's cache, with the times at which
-    folders changed: a second start asks the folders alone. The paths then lie in a mapped file, not in memory.
-
-    Args:
-        root: The folder.
-        suffixes: Endings of files, in lower case, such as `.jpg`.
+    No file is opened or asked for its size. A listing of many files is kept in torch's cache, with the times at which
+    folders changed: a second start asks the folders alone. The paths then lie in a mapped file, not in memory. Suffixes
+    are in lower case, such as `.jpg`.
     """
     root = os.path.abspath(root)  # noqa: PTH100  # symbolic links stay
     key = hashlib.sha256(json.dumps([root, sorted(suffixes), "others"]).encode()).hexdigest()[:32]
-    note = Path(torch.hub.get_dir()).parent / "folders" / f"{key}.paths"
+    listing = Path(torch.hub.get_dir()).parent / "folders" / f"{key}.paths"
     with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that is broken: it is made again
-        mapped = MappedPaths(note, root)
+        mapped = MappedPaths(listing, root)
         return mapped, mapped.others
     folders: dict[str, int] = {}
     paths: list[str] = []
@@ -61,41 +58,37 @@ def list_tree(root: str | Path, suffixes: tuple[str, ...]) -> tuple[Sequence[str
     paths.sort()
     others = dict(found.most_common())
     if len(paths) >= MANY:
-        # a disk that is full or not ours to write on, a folder that is being filled: no note
+        # a disk that is full or not ours to write on, a folder that is being filled: no listing
         with contextlib.suppress(OSError, ValueError):
-            write_note(note, paths, folders, others)
-            return MappedPaths(note, root), others
+            save_listing(listing, paths, folders, others)
+            return MappedPaths(listing, root), others
     return paths, others
 
 
-def write_note(note: Path, paths: list[str], folders: dict[str, int], others: dict[str, int]) -> None:
-    """Write a line of facts, then the paths, each ended by a zero byte; another process sees all of it or nothing."""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    beside = note.with_name(f"{note.name}.{os.getpid()}")
+def save_listing(listing: Path, paths: list[str], folders: dict[str, int], others: dict[str, int]) -> None:
+    """Save a line of facts, then the paths, each ended by a zero byte; another process sees all of it or nothing."""
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    beside = listing.with_name(f"{listing.name}.{os.getpid()}")
     content = os.fsencode("\0".join([*paths, ""]))
     facts = json.dumps({"bytes": len(content), "folders": folders, "others": others})
     try:
         with beside.open("wb") as out:
             out.write(f"{facts}\n".encode())
             out.write(content)
-        beside.replace(note)
+        beside.replace(listing)
     finally:
         beside.unlink(missing_ok=True)
 
 
 class MappedPaths(Sequence[str]):
-    """Paths in a note that was written before.
-
-    Args:
-        note: The file.
-        root: The folder whose files are noted.
+    """Paths below a root in a listing that was saved before.
 
     Raises:
-        OSError, ValueError, KeyError: There is no note, it cannot be read, or a folder has changed since.
+        OSError, ValueError, KeyError: There is no listing, it cannot be read, or a folder has changed since.
     """
 
-    def __init__(self, note: Path, root: str) -> None:
-        self.note = note
+    def __init__(self, listing: Path, root: str) -> None:
+        self.listing = listing
         facts = self._open()
         self.others: dict[str, int] = facts["others"]
         for folder, changed in facts["folders"].items():
@@ -103,12 +96,12 @@ class MappedPaths(Sequence[str]):
                 raise ValueError(f"{root}/{folder} has changed")
 
     def _open(self) -> Any:
-        with self.note.open("rb") as file:
+        with self.listing.open("rb") as file:
             line = file.readline()
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         facts = json.loads(line)
         if len(self.bytes) != len(line) + facts["bytes"]:
-            raise ValueError(f"{self.note} is not whole")
+            raise ValueError(f"{self.listing} is incomplete")
         ends = np.flatnonzero(np.frombuffer(self.bytes, np.uint8, offset=len(line)) == 0) + len(line)
         self.cuts = np.concatenate([[len(line) - 1], ends])  # a path begins after the end of the one before
         self.digest = hashlib.sha256(line).hexdigest()  # folders and when they changed: what was listed
@@ -124,10 +117,10 @@ class MappedPaths(Sequence[str]):
         return os.fsdecode(self.bytes[self.cuts[place] + 1 : self.cuts[place + 1]])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"note": self.note, "digest": self.digest}
+        return {"listing": self.listing, "digest": self.digest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.note = state["note"]
+        self.listing = state["listing"]
         self._open()
         if self.digest != state["digest"]:  # rows would be other files than the labels are of
-            raise RuntimeError(f"{self.note} was written anew while a run was reading it; start the run again")
+            raise RuntimeError(f"{self.listing} changed while a run was reading it; start the run again")

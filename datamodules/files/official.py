@@ -10,16 +10,10 @@ from ..images.sources import ImageFiles, ImageSource, check_files_exist
 
 
 def download(kind: Any, root: Path, folder: Path, archives: str) -> None:
-    """Have torchvision's class download what is missing.
-
-    Args:
-        kind: torchvision's class.
-        root: What it is given.
-        folder: The data set's own, below.
-        archives: What can be put there by hand, and where it comes from.
+    """Have torchvision's class `kind` download what is missing below `root` into its folder.
 
     Raises:
-        FileNotFoundError: Neither the files nor the network can be reached.
+        FileNotFoundError: Neither the files nor the network can be reached; says which archives to put there by hand.
     """
     try:
         kind(str(root), download=True)

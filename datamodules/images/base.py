@@ -146,7 +146,7 @@ class ImageDataModule(LightningDataModule):
         splits = self.read_splits()
         for name, images in splits.items():
             if not len(images.labels):
-                raise ValueError(f"the {name} split holds no image: give it some, or leave it out")
+                raise ValueError(f"the {name} split has no images: add some, or remove it")
             check_labels(images, self.class_names)
         if "train" in splits:
             split_train(splits, splits["train"].labels, Subset, self)
@@ -156,13 +156,13 @@ class ImageDataModule(LightningDataModule):
         counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
         log.info("data: %s images of %d classes", counts or len(splits["predict"].labels), self.num_classes)
         for sentence in self.omitted:
-            log.warning("data: left out: %s", sentence)
+            log.warning("data: omitted: %s", sentence)
         for name in ("val", "test"):
             seen = set(splits[name].labels.tolist()) if name in splits else set(range(self.num_classes))
             unseen = [label for number, label in enumerate(self.class_names) if number not in seen]
             if unseen:
                 some = ", ".join(unseen[:5]) + (" ..." if len(unseen) > 5 else "")
-                log.warning("data: %s has no image of %s: its figures say nothing of them", name, some)
+                log.warning("data: %s has no image of %s: its metrics say nothing about them", name, some)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled and augmented."""
@@ -183,7 +183,7 @@ class ImageDataModule(LightningDataModule):
         """As test, over the images to be predicted: by default the test split's; from batch `predict_from` on."""
         for name in ("test", "val"):
             if self.splits.get(name) is self.splits["predict"]:
-                log.warning("nothing is named to predict, as data.predict_root would: these are the %s images", name)
+                log.warning("data.predict_root is not set: predicting the %s images", name)
         loader = self._loader("predict")
         loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
         return loader

@@ -70,13 +70,9 @@ def crop_and_mirror(image: Image.Image, crop: v2.RandomResizedCrop, flip: bool) 
 
 
 class InMemory(Dataset[Batch]):
-    """Decoded images, fetched as a batch by one index operation.
+    """Decoded images, uint8 `(n, height, width, 3)`, fetched as a batch by one index operation.
 
-    Args:
-        pixels: uint8, `(n, height, width, 3)`.
-        labels: Classes, `(n,)`.
-        train: Whether batches hold random numbers, for augmentation by them.
-        seed: The run's seed.
+    While training, batches hold random numbers, for augmentation by them.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, *, train: bool, seed: int) -> None:
@@ -99,16 +95,11 @@ class InMemory(Dataset[Batch]):
 class Decoding(Dataset[Batch]):
     """Images decoded and augmented one by one, in a worker process.
 
-    Args:
-        images: What to read.
-        transform: From a PIL image to uint8 `(3, size, size)`; may draw from torch's global generator.
-        train: Whether batches bring a seed for mixing.
-        seed: The run's seed.
-        on_error: What to do with an unreadable image: `raise`; `skip`, leave it out of its batch and say so in
-            `skipped`; or `blank`, put a black one in its place and say so in `unreadable`, as pairs of its index and
-            the reason. The last keeps batches as large as they are, whatever is in them. Where `skip` leaves nothing
-            of a batch, one to train on holds the next images that can be read, one to evaluate a black one without
-            a label.
+    The transform, from a PIL image to uint8 `(3, size, size)`, may draw from torch's global generator. While training,
+    batches hold a seed for mixing. `on_error` decides about an unreadable image: `raise`; `skip`, omit it from its
+    batch and name it in `skipped`; or `blank`, put a black one in its place, so that batches keep their size, and list
+    its index and the reason in `unreadable`. Where `skip` leaves nothing of a batch, one to train on holds the next
+    images that can be read, one to evaluate a black one without a label.
     """
 
     def __init__(

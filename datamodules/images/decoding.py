@@ -50,13 +50,7 @@ def read_rgb(file: Any) -> Image.Image:
     """The first image of a file, upright and in RGB, whatever its mode; metadata that are damaged don't matter.
 
     Transparent parts are white. 16 bits are brought to 8; integers of 32 bits count as 8 bits where none is above 255,
-    else as 16.
-
-    Args:
-        file: A path, or a binary file that is open.
-
-    Raises:
-        Exception: Of any kind, as Pillow has none of its own: it cannot be read.
+    else as 16. The file is a path or open; where it can't be read, Pillow raises exceptions of any kind.
     """
     try:
         return _read_rgb(file)
@@ -96,13 +90,8 @@ def orientation(image: Image.Image) -> int:
 def rgb(image: Image.Image, bits: int | None = 16, inverted: bool = False) -> Image.Image:
     """An image of any mode in RGB.
 
-    Args:
-        image: As Pillow has it.
-        bits: That whole numbers above 8 bits fill. `None`: 8 where none is above 255, else 16.
-        inverted: Whether 0 is white in these; in 8 bits Pillow sees to it.
-
-    Raises:
-        ValueError: It has floats, or more than 16 bits; or Pillow cannot convert it.
+    Whole numbers fill so many bits, where they need more than 8; `None`: 8 where none is above 255, else 16. `inverted`
+    says that 0 is white in these; in 8 bits Pillow sees to it. Floats and more than 16 bits are a ValueError.
     """
     if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
         values = np.asarray(image)

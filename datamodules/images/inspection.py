@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..sampling.leaks import Place, conflicts, counts_of, groups_of, leaks, quantiles
@@ -45,19 +46,6 @@ class ImageStats(NamedTuple):
     square: npt.NDArray[np.float32]  # mean of squares of each channel
 
 
-class InspectionDataset(Dataset[list[ImageStats]]):
-    """Reads images in worker processes and notes what they are."""
-
-    def __init__(self, images: ImageSource) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images.labels)
-
-    def __getitems__(self, indices: list[int]) -> list[ImageStats]:
-        return [image_stats(self.images, index) for index in indices]
-
-
 def image_stats(images: ImageSource, index: int) -> ImageStats:
     """Decode one image as training would, and note what it is."""
     name = images.name(index)
@@ -81,9 +69,15 @@ def image_stats(images: ImageSource, index: int) -> ImageStats:
     return ImageStats(index, "", misnamed, mode, image.size, digest, thumbnail, values.mean(0), (values**2).mean(0))
 
 
+def batch_stats(images: ImageSource, indices: Sequence[int]) -> list[ImageStats]:
+    """Of some images."""
+    return [image_stats(images, index) for index in indices]
+
+
 def stats_of_all(images: ImageSource, split: str, workers: int) -> list[ImageStats]:
     """Of every image of a split, with a progress bar."""
-    loader = DataLoader(InspectionDataset(images), batch_size=64, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    indices: Any = range(len(images.labels))  # decoded where batches are collated: in the workers
+    loader = DataLoader(indices, batch_size=64, num_workers=workers, collate_fn=partial(batch_stats, images))
     found: list[ImageStats] = []
     with tqdm(desc=f"inspecting {split}", total=len(images.labels), unit=" images") as bar:
         for batch in loader:
@@ -136,22 +130,16 @@ def inspect_images(splits: dict[str, ImageSource], class_names: Sequence[str], w
 
 
 def alike(thumbnails: npt.NDArray[np.uint8], block: int = 512) -> list[tuple[int, int, float]]:
-    """Pairs of images that are the same but for size, compression and a little brightness.
+    """Pairs of images that are the same but for size, compression and a little brightness: two rows, and the cosine.
 
     Copies differ a little everywhere, two drawings much in one place: what counts is the largest difference in any
     cell. Where it leaves a doubt, the pair's distance is held against the distance at which either's third neighbour
     lies, much as Lowe (2004, https://doi.org/10.1023/B:VISI.0000029664.99615.94) does with the second: a copy is far
     nearer than images of this kind come to each other by chance, however plain they are.
 
-    Each is held against its `NEAREST` alone, so that memory grows with their number and not with its square; where
-    more are copies of one another, all of them are in some pair, but not every pair is told.
-
-    Args:
-        thumbnails: `(n, SIDE * SIDE * 3)`.
-        block: Rows that are compared with all others at a time; decides the memory.
-
-    Returns:
-        Two rows, the smaller first, and the cosine of the two thumbnails.
+    Each of the thumbnails `(n, SIDE * SIDE * 3)` is compared with its `NEAREST` alone, found in blocks, so that memory
+    grows with their number and not with its square; where more are copies of one another, all of them are in some
+    pair, but not every pair is named.
     """
     values, deviation = centred(torch.from_numpy(thumbnails))
     rows = (deviation > FLAT).nonzero().flatten()
@@ -184,12 +172,10 @@ def alike(thumbnails: npt.NDArray[np.uint8], block: int = 512) -> list[tuple[int
 
 
 def centred(thumbnails: Tensor) -> tuple[Tensor, Tensor]:
-    """Thumbnails without the mean of each channel, in units of their standard deviation, and this deviation.
+    """Thumbnails, uint8 `(n, SIDE * SIDE * 3)`, without each channel's mean, in units of their standard deviation;
+    and this deviation.
 
     A coloured ground would make all drawings on it alike if the mean were one number.
-
-    Args:
-        thumbnails: uint8, `(n, SIDE * SIDE * 3)`.
     """
     values = thumbnails.float()
     for channel in range(3):

@@ -89,7 +89,7 @@ class RowGroups:
             cell = self.cell(index)
         except ValueError as error:
             raise ValueError(
-                f"cannot read the image {name}: {error}. Write it again, or set data.on_error to skip"
+                f"cannot read the image {name}: {error}. Write the file again, or set data.on_error to skip"
             ) from error
         if isinstance(cell, dict):
             cell, path = cell["bytes"], cell.get("path")
@@ -117,10 +117,7 @@ def blocks_of(images: ImageSource) -> np.ndarray[Any, Any]:
 def read_shards(patterns: Sequence[str], image_column: str, label_column: str) -> list[Shard]:
     """Footers and labels of Parquet files, in the order of the patterns, those of a pattern sorted.
 
-    Args:
-        patterns: Paths, addresses, or either with `*`.
-        image_column: Column that there must be.
-        label_column: Column to read.
+    Patterns are paths, addresses, or either with `*`.
 
     Raises:
         FileNotFoundError: A pattern that matches nothing.
@@ -131,7 +128,7 @@ def read_shards(patterns: Sequence[str], image_column: str, label_column: str) -
         shards = list(pool.map(lambda path: read_shard(path, image_column, label_column), paths))
     bare = [shard.path for shard in shards if shard.names is None]
     if 0 < len(bare) < len(shards):
-        raise ValueError(f"{bare[0]} has no names of classes, and other files have: write them with one ClassLabel")
+        raise ValueError(f"{bare[0]} has no class names, but other files do: write all with one ClassLabel")
     return shards
 
 
@@ -155,9 +152,8 @@ def read_shard(path: str, image_column: str, label_column: str) -> Shard:
     for column in (image_column, label_column):
         if column not in file.schema_arrow.names:
             raise ValueError(f"no column {column!r} in {path}: it has {', '.join(file.schema_arrow.names)}")
-    footer = file.metadata
-    rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-    sizes = [footer.row_group(number).total_byte_size for number in range(footer.num_row_groups)]
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
     labels = file.read([label_column], use_threads=False)[label_column].to_pylist()
 
     def where(row: int) -> str:
@@ -180,7 +176,7 @@ def read_group(path: str, number: int, column: str) -> Any:
             reason = " ".join(str(error).split())
             if "://" not in path or attempt == ATTEMPTS:
                 raise ValueError(f"row group {number} cannot be read, {reason}") from error
-            log.warning("%s: %s; asked again in %d s", path, reason, 2**attempt)
+            log.warning("%s: %s; retrying in %d s", path, reason, 2**attempt)
             time.sleep(2**attempt)
             opened.cache_clear()
     raise AssertionError
@@ -207,7 +203,7 @@ def open_parquet(path: str) -> Any:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {path}: set data.train_files to where the Parquet files are") from error
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 
 
 def labels_of(shards: Sequence[Shard]) -> list[Any]:

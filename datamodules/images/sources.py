@@ -98,11 +98,7 @@ def flattened(images: ImageSource) -> tuple[ImageSource, Tensor]:
 
 
 def decode(file: Any, name: str) -> Image.Image:
-    """Read an image upright, in RGB and on white: see `decoding.read_rgb`.
-
-    Args:
-        file: A path or an open binary file.
-        name: What to call it in an error.
+    """Read an image upright, in RGB and on white, from a path or an open file: see `decoding.read_rgb`.
 
     Raises:
         ValueError: The file is gone, truncated, no image, or too large to be one. Whatever goes wrong in one file
@@ -129,11 +125,7 @@ def check_labels(images: ImageSource, class_names: list[str]) -> None:
 
 
 def check_files_exist(paths: Sequence[str], advice: str) -> None:
-    """Check that all files of a data set exist; each folder is listed once.
-
-    Raises:
-        FileNotFoundError: Names the first that is missing, says how many are, and gives the advice.
-    """
+    """Check that all files of a data set exist, listing each folder once; a FileNotFoundError gives the advice."""
     folders = {Path(path).parent for path in paths}
     existing = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
     missing = [path for path in paths if path not in existing]

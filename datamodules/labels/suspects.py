@@ -23,7 +23,7 @@ def label_suspects(
 
     A sample is rather of another class where that is as probable as it is, on average, for samples labelled so. Since
     a weak model is sure of much that is wrong, the other class must also be more probable than all the rest together,
-    and the sample's own much less than for samples that share its label.
+    and the sample's own much less (`doubt`) than for samples that share its label.
 
     Args:
         probabilities: By a model that has not seen the sample's own label, `(n, classes)`.

@@ -41,7 +41,7 @@ def label_problem(value: Any) -> str:
         return f"the label is a {kind}: several labels need data.problem_type multi_label_classification"
     if value is None or spelling(value) == "":
         return "there is no label"
-    return f"there is no label, it says {spelling(value)!r}" if spelling(value) in MISSING else ""
+    return f"there is no label, found {spelling(value)!r}" if spelling(value) in MISSING else ""
 
 
 def check_each(values: Sequence[Any], where: Where) -> None:
@@ -84,7 +84,7 @@ def learn_classes(labels: Iterable[Any]) -> list[str]:
         names.setdefault(value_of(name), []).append(name)
     joined = [" and ".join(alike) for alike in names.values() if len(alike) > 1]
     if joined:
-        log.warning("labels of one value are one class: %s", "; ".join(joined[:5]))
+        log.warning("labels of equal value are one class: %s", "; ".join(joined[:5]))
     return [alike[0] for alike in names.values()]
 
 
@@ -182,7 +182,7 @@ def several_labels(value: Any, separator: str) -> tuple[list[Any], str]:
     if isinstance(value, str) and LISTED.match(value.strip()):
         value = written_list(value.strip())
     if isinstance(value, dict) or (isinstance(value, str) and NO_LIST.match(value)):
-        return [], f"the labels look like a list and are none: {str(value)[:60]}"
+        return [], f"the labels look like a list, but cannot be read as one: {str(value)[:60]}"
     found = list(value) if isinstance(value, (list, tuple, set)) else str(value).split(separator)
     found = [label.strip() if isinstance(label, str) else label for label in found]
     if isinstance(value, str):
@@ -218,12 +218,7 @@ def width_of_indicators(rows: Sequence[Sequence[Any]]) -> int | None:
 
 
 def several_numbers(
-    rows: Sequence[Sequence[Any]],
-    class_names: Sequence[str],
-    where: Where,
-    *,
-    indicators: bool,
-    given: bool = False,
+    rows: Sequence[Sequence[Any]], class_names: Sequence[str], where: Where, *, indicators: bool, given: bool = False
 ) -> Tensor:
     """Several labels of each sample as 0 and 1, float, `(n, classes)`.
 
@@ -249,10 +244,7 @@ def several_numbers(
 
 
 def multi_hot(
-    rows: Sequence[Sequence[Any]],
-    classes: int,
-    where: Where,
-    numbers: Callable[[Sequence[Any], Where], Tensor],
+    rows: Sequence[Sequence[Any]], classes: int, where: Where, numbers: Callable[[Sequence[Any], Where], Tensor]
 ) -> Tensor:
     """Labels of each sample as 0 and 1, float, `(n, classes)`; `numbers` gives the classes of labels at places."""
     hot = torch.zeros(len(rows), classes)
@@ -276,8 +268,8 @@ def check_separator(rows: Iterable[Sequence[str]], separator: str) -> None:
             parts = {part.strip() for part in label.split(other)}
             if parts <= found or (alone and (other in "|;" or found & parts)):
                 raise ValueError(
-                    f"there is a label {label!r}, as if labels had {other!r} between them: set data.label_separator to "
-                    "that; if it is one label, name all in data.class_names"
+                    f"label {label!r} looks like several labels joined by {other!r}: set data.label_separator to "
+                    "it; if this is one label, list all in data.class_names"
                 )
 
 

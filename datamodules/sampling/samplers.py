@@ -223,13 +223,8 @@ def balanced_rows(
     """As many samples as there are, of every class as many, but for one; and of every length about as many each time.
 
     As `balanced_order`, for batches by length: what is not the whole of a class is drawn one by one from stretches of
-    neighbours in length. So an epoch's k-th shortest sample is never longer than the k-th shortest of those that are
-    drawn without a generator, and all epochs fit into the same steps.
-
-    Args:
-        labels: Classes, `(n,)`.
-        lengths: Of each sample, `(n,)`.
-        generator: Decides; without one the longest of each stretch are taken.
+    neighbours in length, or without a generator the longest of each stretch are taken. So an epoch's k-th shortest
+    sample is never longer than the k-th shortest of those, and all epochs fit into the same steps.
 
     Returns:
         Rows, `(n,)`, class by class, and for each how often it came before.

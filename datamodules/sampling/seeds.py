@@ -31,17 +31,7 @@ def hash_seed(*counters: int) -> int:
 
 
 def counter_uniform(seed: int, epoch: int, index: npt.ArrayLike, draws: int) -> Tensor:
-    """Uniform numbers in [0, 1) for each sample, a function of (seed, epoch, index) alone.
-
-    Args:
-        seed: The run's seed.
-        epoch: The epoch.
-        index: Sample indices, `(n,)`.
-        draws: Numbers per sample.
-
-    Returns:
-        float32, `(n, draws)`.
-    """
+    """Uniform numbers in [0, 1), a function of (seed, epoch, index) alone: float32, `(n, draws)` for indices `(n,)`."""
     start = np.uint64(hash_seed(seed, epoch))
     samples = splitmix64(np.asarray(index).astype(np.uint64) ^ start)
     words = splitmix64(samples[:, None] + np.arange(draws).astype(np.uint64))

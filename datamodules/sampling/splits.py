@@ -17,15 +17,9 @@ from .seeds import hash_seed
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out a share of every class.
+    """Hold out a share, in (0, 1), of every class of labels `(n,)`.
 
-    Args:
-        labels: Classes, `(n,)`.
-        share: Part to hold out, in (0, 1). A class of two or more samples gives at least one and keeps one.
-        seed: Decides which.
-
-    Raises:
-        ValueError: The share lies out of (0, 1), or no class has two samples, so that none can be held out.
+    A class of two or more samples gives at least one and keeps one; a ValueError where no class has two.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
@@ -39,14 +33,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: int) -> tuple[Tensor, Tensor]:
-    """A share of every class, or one fold of several.
+    """Hold out a share of every class; or of so many folds, (number, folds), that of the number, from 0.
 
-    Args:
-        labels: Classes, `(n,)`.
-        share: Part to hold out where no fold is given.
-        fold: Number of the fold to hold out, from 0, and how many there are. Together the folds hold every sample
-            once; another seed gives other folds.
-        seed: Decides which.
+    Together the folds hold every sample once; another seed gives other folds.
 
     Raises:
         ValueError: No such fold, or an empty one; a share out of (0, 1), or no class of two samples.
@@ -68,7 +57,7 @@ def hold_out(labels: Tensor, share: float, fold: tuple[int, int] | None, seed: i
 
 
 def check_some(held_out: Tensor, labels: Tensor) -> None:
-    """Refuse, with a ValueError, a split of nothing: a run would choose no checkpoint, or have nothing to report."""
+    """Refuse a split of nothing with a ValueError: a run would choose no checkpoint, or have nothing to report."""
     if not held_out.any() or held_out.all():
         raise ValueError(
             f"too few samples: of {len(labels)} in {len(labels.unique())} classes none can be held out for validation "  # type: ignore[no-untyped-call]
@@ -79,11 +68,8 @@ def check_some(held_out: Tensor, labels: Tensor) -> None:
 def grouped_split(labels: Tensor, groups: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out whole groups, about a share of every class: what belongs together is never on both sides.
 
-    Args:
-        labels: Classes, `(n,)`; all samples of a group are of one class.
-        groups: Which group each sample belongs to.
-        share: Part to hold out, in (0, 1). A class never gives more; it gives none if its every group is larger.
-        seed: Decides which groups.
+    All samples of a group are of one class. A class never gives more than the share; and none
+    if its every group is larger.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must lie between 0 and 1, not {share}")
@@ -145,11 +131,7 @@ def split_state(data: Any) -> dict[str, Any]:
 
 
 def check_state(state: Mapping[str, Any], data: Any) -> None:
-    """Refuse a checkpoint of other classes, and to go on training with another split than a checkpoint's.
-
-    Raises:
-        ValueError: Names or order of the classes differ, or the rows of a split.
-    """
+    """Refuse, with a ValueError, a checkpoint of other classes, and to go on training with another split than its."""
     if list(state["class_names"]) != list(data.class_names):
         raise ValueError(
             f"the checkpoint's classes are {', '.join(state['class_names'])}; the data's are "

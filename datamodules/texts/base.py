@@ -32,7 +32,7 @@ from ..sampling.samplers import EpochSampler, LengthSampler, ranks_of
 from ..sampling.splits import check_state, split_state, split_train
 from .cache import cached_map
 from .inspection import inspect_texts
-from .tokens import Texts, TokenBatches, Tokens, WholeBatches, histogram, surface_form
+from .tokens import Texts, TokenBatches, Tokens, histogram, surface_form
 
 log = logging.getLogger(__name__)
 ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -130,8 +130,8 @@ class TextDataModule(LightningDataModule):
         if tokenizer.pad_token_id is None:  # what stands in padding is masked
             if tokenizer.eos_token is None:
                 raise ValueError(
-                    f"the tokenizer of {self.tokenizer_name!r} has no padding token, nor one for a text's end to take "
-                    "for it: set its pad_token and save it again"
+                    f"the tokenizer of {self.tokenizer_name!r} has no padding token, nor an end-of-text token to use "
+                    "instead: set its pad_token and save it again"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -179,7 +179,7 @@ class TextDataModule(LightningDataModule):
             return
         splits = self.read_splits()
         if self.balance and not self.class_names:
-            raise ValueError("data.balance draws as many texts of each class, and these have none: leave it out")
+            raise ValueError("data.balance needs classes, and these texts have none: remove it")
         if "train" in splits:
             labels, has_val = splits["train"].labels, "val" in splits
             single = self.problem_type == "single_label_classification"
@@ -220,7 +220,7 @@ class TextDataModule(LightningDataModule):
         return Tokens(cached_map(table.with_format("arrow"), tokenise, features, key))
 
     def describe(self, split: str, texts: Texts, tokens: Tokens) -> None:
-        """Say how long the texts are, and what was cut off or left out."""
+        """Log how long the texts are, and how many were cut or skipped."""
         lengths, truncated = tokens.of(texts)
         skipped = f"; {texts.skipped:,} row{'s' * (texts.skipped > 1)} skipped" if texts.skipped else ""
         facts = histogram(lengths), 100 * truncated.mean(), self.max_length, skipped
@@ -242,10 +242,10 @@ class TextDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """In the order of the file, so that predictions can be written as they come; from batch `predict_from` on."""
+        """In the order of the file, so that predictions can be saved as they come; from batch `predict_from` on."""
         for name in ("test", "val"):
             if self.splits.get(name) is self.splits["predict"]:
-                log.warning("nothing is named to predict, as data.predict_file would: these are the %s texts", name)
+                log.warning("data.predict_file is not set: predicting the %s texts", name)
         loader = self._in_order("predict")
         loader.sampler.start = self.predict_from * self.eval_batch_size  # type: ignore[attr-defined]
         return loader
@@ -305,8 +305,7 @@ class TextDataModule(LightningDataModule):
     def _loader(self, split: str, *, train: bool = False) -> DataLoader[Batch]:
         world, rank = ranks_of(self.trainer)
         sampler = self._sampler(split, train=train, world=world, rank=rank)
-        whole = WholeBatches(self._dataset(split))
-        return DataLoader(whole, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
+        return DataLoader(self._dataset(split), sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def _in_order(self, split: str, world: int | None = None, rank: int = 0) -> DataLoader[Batch]:
         if world is None:

@@ -13,15 +13,8 @@ MANY = 50_000  # texts, for which a progress bar is worth its line
 def cached_table(key: str, features: Any, read: Callable[[], Iterator[dict[str, Any]]]) -> Any:
     """Rows in the cache of the `datasets` library: read once, a thousand at a time, and memory-mapped afterwards.
 
-    `Dataset.from_generator` does the same and looks at each value by itself, which takes five times as long.
-
-    Args:
-        key: What the rows depend on; under the same key nothing is read again.
-        features: A `datasets.Features`, the columns.
-        read: Gives the rows.
-
-    Raises:
-        Exception: What `read` raises.
+    Under the same key, which is made of all that the rows depend on, nothing is read again; what `read` raises is
+    raised. `Dataset.from_generator` does the same and checks each value by itself, which takes five times as long.
     """
     import datasets
     import pyarrow

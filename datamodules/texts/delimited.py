@@ -21,12 +21,7 @@ SAMPLE = 1_000  # lines with a quote, from which one sees whether a file's field
 
 
 class Dialect(NamedTuple):
-    """How fields are written.
-
-    Args:
-        separator: Between fields.
-        quoted: Whether a field may be in double quotes, with separators, line ends and doubled quotes in it.
-    """
+    """How fields are separated, and whether one may be in double quotes, with separators and line ends in it."""
 
     separator: str
     quoted: bool
@@ -38,7 +33,7 @@ class Dialect(NamedTuple):
         return csv.reader(lines, delimiter=self.separator, quoting=quoting, strict=True)  # type: ignore[arg-type]
 
     def fields(self, line: str) -> list[str] | None:
-        """Of one line alone; None where it is no row of its own."""
+        """Of one line alone; None where it is not a row by itself."""
         try:
             return next(self.reader([line]), [])
         except csv.Error:
@@ -46,17 +41,13 @@ class Dialect(NamedTuple):
 
 
 def rows_of_csv(
-    file: Path,
-    lines: Iterable[str],
-    columns: Sequence[str],
-    dialect: Dialect,
-    swallows: Swallows | None = None,
+    file: Path, lines: Iterable[str], columns: Sequence[str], dialect: Dialect, swallows: Swallows | None = None
 ) -> Iterator[Row]:
     """Rows below a header.
 
     A double quote that is not closed, or not doubled, costs its own line and no other: reading goes on at the next one.
-    Where such a quote meets another one further down, what lies between looks like a field with line ends; it is not
-    taken for one if `swallows` tells rows in it. Where nobody can tell, a warning names the line.
+    Where such a quote meets another one further down, what lies between looks like a field with line ends, but is not
+    taken for one if `swallows` recognises rows in it. Without `swallows` a warning names the line.
     """
     window = Window(lines)
     reader = dialect.reader(window)
@@ -116,11 +107,7 @@ def rows_of_csv(
 
 
 class Window:
-    """Lines for a reader, which remembers those of the record at hand, and takes some of them back.
-
-    Args:
-        lines: Of a file.
-    """
+    """Lines for a reader, which remembers those of the record at hand, and takes some of them back."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines, self.waiting, self.taken, self.number = iter(lines), deque[str](), list[str](), 0
@@ -147,12 +134,8 @@ class Window:
 
 
 def looks_quoted(file: Path, separator: str, encoding: str) -> bool:
-    """Whether fields of a TSV are in double quotes, as pandas writes some of them, or such quotes are parts of texts.
-
-    Args:
-        file: To look at: its header, and its first lines with a quote, wherever they are.
-        separator: Between fields.
-        encoding: As in `opened`.
+    """Whether fields of a TSV are in double quotes, as pandas writes some of them, or such quotes are parts of texts:
+    by its header and its first lines with a quote, wherever they are.
     """
     with opened(file, encoding) as whole:
         lines = decoded(file, whole)

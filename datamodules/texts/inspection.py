@@ -19,11 +19,7 @@ def inspect_texts(
 ) -> dict[str, Any]:
     """All that `recipes doctor` reports of texts, as plain values.
 
-    Args:
-        splits: Name to `Texts`.
-        class_names: Names in the order of the labels.
-        lengths: Tokens of each text by split.
-        cut: Share of texts longer than is kept, by split.
+    `lengths` are tokens of each text, `cut` the share of texts longer than is kept, both by split.
 
     Returns:
         `splits`, each with counts; `short` and `encoding`, lists of split, text and reason; `exact`, groups of

@@ -54,17 +54,10 @@ def is_text(text: str) -> bool:
 
 
 def check_columns(file: Path, columns: Sequence[str], known: Sequence[str], separator: str | None = None) -> None:
-    """Refuse a file without a column that is needed.
-
-    Args:
-        file: For the error.
-        columns: Those needed.
-        known: Those there.
-        separator: That the header was split at.
-    """
+    """Refuse a file without a column that is needed; `separator` is what the header was split at."""
     for name in columns:
         if list(known).count(name) > 1:
-            raise ValueError(f"{file} has several columns {name!r}: give them names of their own")
+            raise ValueError(f"{file} has several columns {name!r}: give them different names")
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -10,11 +10,7 @@ from typing import Any
 
 import torch
 
-from ..labels.values import (
-    label_problem,
-    several_labels,
-    spelling,
-)
+from ..labels.values import label_problem, several_labels, spelling
 from .opening import is_text
 from .rows import rows_of
 
@@ -29,16 +25,10 @@ def read_files(
 ) -> Iterator[dict[str, Any]]:
     """Rows with `text`, `pair` for two columns, `label`, `file`, `line` and, where one cannot be right, `problem`.
 
-    Args:
-        files: To read, one after the other.
-        text_columns: One, or the two of a pair.
-        label_column: None for texts without labels.
-        problem_type: What a label is.
-        label_separator: Between several labels.
-        **options: Those of `rows_of`.
+    Files are read one after the other; `options` are those of `rows_of`. Without a label column labels are empty.
 
     Raises:
-        ValueError: A column that is not there, or a file that is not of its format at all.
+        ValueError: A column that does not exist, or a file that is not of its format at all.
     """
     columns = [*text_columns, *([label_column] if label_column else [])]
     seen: set[str] = set()

@@ -25,19 +25,19 @@ def rows_of(
     encoding: str = "utf-8",
     swallows: Swallows | None = None,
 ) -> Iterator[Row]:
-    """Line or row number, values by column, and what is wrong, of each row of a file of any format.
+    """Line or row number, values by column, and what is wrong, of each row of a file, whose ending tells the format.
 
     Args:
-        file: Its ending says what it is.
+        file: To read.
         columns: Those wanted.
         separator: Between the fields of CSV and TSV. `None`: a comma, and a tab.
         quoted: Whether their fields may be in double quotes. `None`: in CSV; in TSV where the file shows it.
-        encoding: Of text; a mark at the file's beginning counts more.
-        swallows: Of a row over several lines, and of those of the lines between its first and last that have as many
-            fields as the header, whether these are rows that a stray quote has swallowed. `None`: nobody can tell.
+        encoding: Of text; a byte order mark counts more.
+        swallows: Decides for a row over several lines, and those of its inner lines that have as many fields as the
+            header, whether these are rows that a stray quote has swallowed. `None`: nobody can tell.
 
     Raises:
-        ValueError: A column that is not there, or a file that is not of its format at all.
+        ValueError: A column that does not exist, or a file that is not of its format at all.
     """
     if file.suffix == ".parquet":
         yield from rows_of_parquet(file, columns)
@@ -100,11 +100,8 @@ def rows_of_json(file: Path, lines: Iterable[str], columns: Sequence[str]) -> It
 
 
 def expand(pattern: str | Sequence[str]) -> list[Path]:
-    """The files of a path, a pattern or a list of them, sorted.
-
-    Raises:
-        FileNotFoundError: There are none.
-        ValueError: A format that is not known.
+    """The files of a path, a pattern or a list of them, sorted; a FileNotFoundError where there are none, a ValueError
+    for a format that is not known.
     """
     found: list[Path] = []
     for one in [pattern] if isinstance(pattern, str) else pattern:
@@ -118,5 +115,5 @@ def expand(pattern: str | Sequence[str]) -> list[Path]:
     found = list(dict.fromkeys(found))  # two patterns may mean one file
     for path in found:
         if path.suffix not in FORMATS:
-            raise ValueError(f"{path}: the ending says what a file is; expected one of {', '.join(FORMATS)}")
+            raise ValueError(f"{path}: the ending must tell the format; expected one of {', '.join(FORMATS)}")
     return found

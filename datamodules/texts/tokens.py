@@ -24,7 +24,7 @@ class Texts:
         table: A `datasets.Dataset` with the column `text`, and `pair` where texts come in pairs.
         labels: `(n,)`, or `(n, classes)` for several labels.
         rows: Row of the table for each sample, `(n,)`; the table as it is if not given.
-        skipped: Rows of the source that were left out.
+        skipped: Rows of the source that cannot be used.
     """
 
     table: Any
@@ -48,11 +48,8 @@ class Texts:
 
 
 class Tokens:
-    """Token numbers of many texts, read where they lie: in a memory-mapped Arrow file.
-
-    Args:
-        table: A `datasets.Dataset` with the columns `input_ids`, `truncated` and perhaps the one beside.
-        beside: Column of another number for each token.
+    """Token numbers of many texts, read where they lie: in a memory-mapped Arrow file, a `datasets.Dataset` with the
+    columns `input_ids`, `truncated` and perhaps, `beside` these, another number for each token.
     """
 
     def __init__(self, table: Any, beside: str = "token_type_ids") -> None:
@@ -85,14 +82,7 @@ def flat(chunk: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 class TokenBatches(Dataset[Batch]):
-    """Whole batches of tokens, padded to their longest.
-
-    Args:
-        texts: Which texts, and their labels.
-        tokens: Those of the texts' table.
-        pad: Number of the padding token.
-        max_length: Padding goes no further.
-    """
+    """Whole batches of texts' tokens, padded by the token `pad` to their longest, but not beyond `max_length`."""
 
     def __init__(self, texts: Texts, tokens: Tokens, pad: int, max_length: int) -> None:
         self.texts, self.tokens, self.pad, self.max_length = texts, tokens, pad, max_length
@@ -106,6 +96,9 @@ class TokenBatches(Dataset[Batch]):
 
     def padded(self, length: Any) -> Any:
         return np.minimum(-(-length // MULTIPLE) * MULTIPLE, self.max_length)
+
+    def __getitem__(self, draws: list[Draw]) -> Batch:  # of a sampler that draws whole batches
+        return self.__getitems__(draws)
 
     def __getitems__(self, draws: list[Draw]) -> Batch:
         index, labels = drawn_labels(draws, self.texts.labels)
@@ -127,19 +120,6 @@ class TokenBatches(Dataset[Batch]):
         if self.tokens.beside:
             batch["token_type_ids"] = torch.from_numpy(columns[1])
         return batch
-
-
-class WholeBatches(Dataset[Batch]):
-    """For a sampler that draws whole batches."""
-
-    def __init__(self, batches: TokenBatches) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, draws: list[Draw]) -> Batch:
-        return self.batches.__getitems__(draws)
 
 
 def surface_form(token: str) -> str:

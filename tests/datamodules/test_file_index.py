@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_costs_only_time(tree: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file_index, "write_note", full)
+    monkeypatch.setattr(file_index, "save_listing", full)
     assert list_files(tree, SUFFIXES) == ["0.jpg", "a/1.jpg", "a/deep/2.JPG", "b-c/4.jpg", "b/3.png"]
 
 
@@ -98,13 +98,13 @@ def test_names_that_are_no_text(tree: Path) -> None:
 
 
 def test_a_folder_that_changes_meanwhile(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = file_index.write_note
+    write = file_index.save_listing
 
     def and_then_another(*args: Any) -> None:
         write(*args)
         (tree / "a" / "later.jpg").touch()
 
-    monkeypatch.setattr(file_index, "write_note", and_then_another)
+    monkeypatch.setattr(file_index, "save_listing", and_then_another)
     assert len(list_files(tree, SUFFIXES)) == 5
     monkeypatch.undo()
     monkeypatch.setattr(file_index, "MANY", 5)
@@ -115,7 +115,7 @@ def test_a_worker_does_not_read_another_note_than_its_run(tree: Path) -> None:
     found = pickle.dumps(list_files(tree, SUFFIXES))
     (tree / "a" / "0.jpg").touch()
     list_files(tree, SUFFIXES)
-    with pytest.raises(RuntimeError, match="was written anew while a run was reading it"):
+    with pytest.raises(RuntimeError, match="changed while a run was reading it"):
         pickle.loads(found)
 
 

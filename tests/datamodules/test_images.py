@@ -332,7 +332,7 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path: Path) -> None:
         _ = ImageFolder(root).class_names
     root = write_folder(tmp_path / "strange")
     (root / "val" / "class_9").mkdir()
-    with pytest.raises(ValueError, match="classes that the training folder has not: class_9"):
+    with pytest.raises(ValueError, match="classes that the training folder lacks: class_9"):
         ImageFolder(root).setup()
     root = write_folder(tmp_path / "empty")
     (root / "train" / "zebra").mkdir()
@@ -379,7 +379,7 @@ def test_all_that_can_be_read_is_read_and_what_is_left_out_is_said(
         f"beside the splits of {root} lie beside.jpg, extra/, with images: 2",
     ):
         assert any(words in sentence for sentence in data.omitted), data.omitted
-        assert f"data: left out: {words}" in caplog.text
+        assert f"data: omitted: {words}" in caplog.text
     assert data.inspect()["left_out"] == data.omitted
     assert not ImageFolder(write_folder(tmp_path / "g"), image_size=32).omitted
 
@@ -403,7 +403,7 @@ def test_a_split_of_no_use_is_refused(tmp_path: Path, split: str, kind: str) -> 
 def test_two_folders_for_one_split_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     root = write_folder(tmp_path / "f", tuple({"train", *names}), classes=2, each=2)
     first, second = sorted(names)
-    with pytest.raises(ValueError, match=rf"has {first}/ and {second}/, each for {names[0]}: leave one"):
+    with pytest.raises(ValueError, match=rf"has {first}/ and {second}/, each for {names[0]}: keep one"):
         ImageFolder(root, image_size=32).setup()
 
 
@@ -412,7 +412,7 @@ def test_a_table_without_rows_is_no_split(tmp_path: Path) -> None:
         "train": str(write_parquet(tmp_path / "a.parquet", 9)),
         "test": str(write_parquet(tmp_path / "b.parquet", 0)),
     }
-    with pytest.raises(ValueError, match="the test split holds no image"):
+    with pytest.raises(ValueError, match="the test split has no images"):
         ParquetImages(files["train"], test_files=files["test"], val_files=files["train"], image_size=32).setup()
 
 
@@ -436,7 +436,7 @@ def test_classes_that_a_split_lacks_are_named(tmp_path: Path, caplog: pytest.Log
         file.unlink()
     with caplog.at_level(logging.WARNING):
         ImageFolder(root, image_size=32).setup()
-    assert "data: val has no image of class_1: its figures" in caplog.text and "test has no" not in caplog.text
+    assert "data: val has no image of class_1: its metrics" in caplog.text and "test has no" not in caplog.text
 
 
 # ---- what cannot be read is left out, by one rule on both ways

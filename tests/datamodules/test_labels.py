@@ -81,7 +81,7 @@ def test_what_is_missing_is_no_class(missing: Any) -> None:
 
 @pytest.mark.parametrize("word", ["NaN", "nan", "NULL", "null", "<NA>"])
 def test_words_for_what_is_missing(word: str) -> None:
-    with pytest.raises(ValueError, match=f"line 3: there is no label, it says '{word}'"):
+    with pytest.raises(ValueError, match=f"line 3: there is no label, found '{word}'"):
         TextFiles(csv("a.csv", ["x", word, "y"])).read_splits()
 
 
@@ -181,7 +181,7 @@ def test_lists_of_labels_as_programs_write_them(written: str) -> None:
 
 
 def test_what_looks_like_a_list_and_is_none_is_named() -> None:
-    assert several_labels("[1 0 1]", ",") == ([], "the labels look like a list and are none: [1 0 1]")
+    assert several_labels("[1 0 1]", ",") == ([], "the labels look like a list, but cannot be read as one: [1 0 1]")
     assert several_labels("(other)", ",") == (["(other)"], "")
     assert several_labels(None, ",")[1] == several_labels(float("nan"), ",")[1] != ""
     assert several_labels(["a", None], ",")[1] == "among the labels: there is no label"
@@ -194,7 +194,7 @@ def test_a_list_is_not_one_label() -> None:
 
 def test_labels_with_another_separator_are_not_classes_of_their_own() -> None:
     path, many = csv("a.csv", ["negative|long", "negative", "long", "positive"]), "multi_label_classification"
-    with pytest.raises(ValueError, match=r"a label 'negative\|long', as if labels had '\|' between them"):
+    with pytest.raises(ValueError, match=r"label 'negative\|long' looks like several labels joined by '\|'"):
         TextFiles(path, problem_type=many).read_splits()  # type: ignore[arg-type]
     data = TextFiles(path, problem_type=many, label_separator="|")  # type: ignore[arg-type]
     assert data.class_names == ["long", "negative", "positive"]
@@ -238,7 +238,7 @@ def test_truth_values_where_training_lists_labels_are_named() -> None:
     "written", ["['a' 'b']", "array(['a', 'b'], dtype=object)", "frozenset({'a'})", "set()", "{'toxic': 1}", "[1 0]"]
 )
 def test_what_programs_write_that_is_no_list_is_named(written: str) -> None:
-    assert several_labels(written, ",")[1].startswith("the labels look like a list and are none: ")
+    assert several_labels(written, ",")[1].startswith("the labels look like a list, but cannot be read as one: ")
     assert several_labels({"toxic": 1}, ",")[1] and several_labels("'a', 'b'", ",") == (["a", "b"], "")
 
 
@@ -275,7 +275,7 @@ def test_bytes_that_are_no_text_are_labels_of_their_own() -> None:
 
 def test_labels_joined_with_another_separator_beside_the_right_one_are_named() -> None:
     path = csv("a.csv", ['"x,y"', "x|y"])
-    with pytest.raises(ValueError, match=r"a label 'x\|y', as if labels had '\|' between them"):
+    with pytest.raises(ValueError, match=r"label 'x\|y' looks like several labels joined by '\|'"):
         TextFiles(path, problem_type="multi_label_classification").read_splits()
 
 

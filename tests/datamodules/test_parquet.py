@@ -262,7 +262,7 @@ def test_a_broken_row_group_is_named_or_skipped_and_counted(shards: str) -> None
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"fold": (0, 3)}, "data.fold needs single samples.*name val_files"),
+        ({"fold": (0, 3)}, "data.fold needs single samples.*set data.val_files"),
         ({"balance": True}, "data.balance needs single samples.*class_weights"),
         ({"image_column": "img"}, "no column 'img' in .*train-0.parquet: it has image, label"),
         ({"train_files": "nowhere-*.parquet"}, "no file nowhere-.*set data.train_files"),
@@ -287,14 +287,14 @@ def test_labels_that_cannot_be(tmp_path: Path, shards: str) -> None:
         with pytest.raises(ValueError, match=words):
             made(str(tmp_path / "bad.parquet"))
     (tmp_path / "text.parquet").write_text("no table")
-    with pytest.raises(ValueError, match="text.parquet is no Parquet file that can be read"):
+    with pytest.raises(ValueError, match="text.parquet is not a readable Parquet file"):
         made(str(tmp_path / "text.parquet"))
 
 
 def test_rows_sorted_by_class_cannot_be_split_by_row_groups(tmp_path: Path, shards: str) -> None:
     table = pq.read_table(shards.replace("*", "0")).sort_by("label")
     pq.write_table(table, tmp_path / "sorted.parquet", row_group_size=10)
-    with pytest.raises(ValueError, match=r"no training image of class .* is left.*name data.val_files"):
+    with pytest.raises(ValueError, match=r"no training image of class .* is left.*set data.val_files"):
         made(str(tmp_path / "sorted.parquet"), val_share=0.1)
     pq.write_table(table, tmp_path / "one.parquet")
     with pytest.raises(ValueError, match="one row group"):

@@ -200,7 +200,7 @@ def test_a_server_that_cannot_go_on_starts_again(server: Any, tmp_path: Path, of
 def test_what_is_not_the_archive_is_refused(server: Any, tmp_path: Path, official: Path) -> None:
     content = (official / "images.tar").read_bytes()
     (official / "images.tar").write_bytes(content[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"images.tar has not the content that is expected .*what came was removed"):
+    with pytest.raises(ValueError, match=r"images.tar does not have the expected content .*the download was removed"):
         dogs(server, tmp_path / "dogs").prepare_data()
     assert [path.name for path in (tmp_path / "dogs").iterdir()] == [".lock"]
     (tmp_path / "dogs" / "images.tar").write_bytes(b"<html>Service unavailable</html>")

@@ -149,7 +149,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(own_folder: Path, words: 
     batch = next(iter(data.train_dataloader()))
     padding = batch["attention_mask"] == 0
     assert padding.any() and (batch["input_ids"][padding] == data.tokenizer.eos_token_id).all()
-    with pytest.raises(ValueError, match="has no padding token, nor one for a text's end"):
+    with pytest.raises(ValueError, match="has no padding token, nor an end-of-text token"):
         module(own_folder, retold(own_folder, words, "none", pad_token=None, eos_token=None))
 
 
@@ -196,7 +196,7 @@ def test_balance_takes_one_class_per_text(own_folder: Path, words: str) -> None:
     with pytest.raises(ValueError, match=r"data.balance needs one label per text, .* multi_label_classification"):
         module(own_folder, words, balance=True, problem_type="multi_label_classification")
     masked = MaskedTexts(TextFiles(str(write_csv(own_folder / "t.csv", 20))), tokenizer=words, balance=True)
-    with pytest.raises(ValueError, match=r"data.balance draws as many texts of each class, and these have none"):
+    with pytest.raises(ValueError, match=r"data.balance needs classes, and these texts have none"):
         masked.setup("fit")
 
 
@@ -226,9 +226,9 @@ def test_to_predict_nothing_else_is_read(own_folder: Path, words: str, caplog: p
     assert list(told(predict_file="raw.txt", class_names=["bad", "good"]).splits) == ["predict"]
     assert "train" not in caplog.text and "predict: 3 tokens" in caplog.text
     told(predict_file="raw.txt")  # the classes' names are in the training file
-    assert "train:" not in caplog.text and "nothing is named" not in caplog.text
+    assert "train:" not in caplog.text and "is not set" not in caplog.text
     told()
-    assert "nothing is named to predict, as data.predict_file would: these are the val texts" in caplog.text
+    assert "data.predict_file is not set: predicting the val texts" in caplog.text
 
 
 def test_what_fills_up_a_rank_has_no_label(own_folder: Path, words: str) -> None:
