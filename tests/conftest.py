@@ -16,7 +16,27 @@ from PIL import Image
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # Lightning 2.6 calls what jsonargparse 5 will remove
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the subprocesses: several tests share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for them, too
 torch.set_num_threads(1)  # nets here are tiny, and several tests run at once
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-stored", action="store_true", help="Run notebooks with the numbers that a reader sees.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With several workers, tests that share a server or a run go to one of them; the others to whichever is free."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m fast`: all but what is marked as slow, for it takes more than a second or starts processes."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +64,17 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test runs in an empty folder of its own, so that runs/ lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports with all their numbers and words, but blank figures: drawing them takes longer than a small fit.
+
+    Figures hang on report.json alone; the tests of the report, of its page and of every shipped config draw them.
+    """
+    monkeypatch.setattr("callbacks.report.figures.svg", lambda made: "<svg></svg>")
+    monkeypatch.setattr("callbacks.report.page.svg", lambda made: "<svg></svg>")
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *_, **__: None)
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:

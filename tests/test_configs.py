@@ -32,6 +32,7 @@ def test_the_header_says_what_how_and_how_well(name: str) -> None:
                 assert (Path(__file__).parents[1] / word.rstrip(".")).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plan_without_data(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     few = (
@@ -101,6 +102,7 @@ def model_options(name: str, folder: Path) -> list[str]:
     return [f"--model.encoder={tiny_encoder(folder / kind, kind)}", "--data.max_length=32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_steps_a_validation_and_a_test(
     name: str, own_folder: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch

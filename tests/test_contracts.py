@@ -12,6 +12,7 @@ import pickle
 import pkgutil
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def test_it_round_trips_through_yaml(name: str) -> None:
     assert type(parser.instantiate_classes(again).callback) is FOUND[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_instance_serves_two_fits(name: str) -> None:
     callback = make(name)
@@ -165,18 +167,32 @@ def test_it_leaves_weights_alone(name: str) -> None:
 # Precision x accumulation x clipping x optimiser, in one process
 
 
+EVERY_WAY = [
+    (precision, clip, accumulate, optimizer)
+    for precision, clip, accumulate, optimizer in product(PRECISIONS, [None, 0.5], [1, 3], ["AdamW", "SGD", "LBFGS"])
+    if optimizer != "LBFGS" or (accumulate == 1 and precision != "fp16")  # Lightning's closure doesn't go with L-BFGS
+]
+# Those that have no part in how a step is made: the report reads logits and counts steps.
+FEW_WAYS: dict[str, list[tuple[str, float | None, int, str]]] = {
+    "ExactResume": [("fp32", None, 1, "AdamW")],  # it is in the runs of all others, too
+    "PredictionWriter": [("fp32", None, 1, "AdamW")],  # has hooks of `predict` alone
+    "PhaseAwareEarlyStopping": [("fp32", None, accumulate, "AdamW") for accumulate in (1, 3)],  # counts steps
+    "Report": [(precision, None, accumulate, "AdamW") for precision in PRECISIONS for accumulate in (1, 3)],
+}
+WAYS = [
+    pytest.param(name, *way, marks=[] if way == ("fp32", None, 1, "AdamW") else pytest.mark.slow)
+    for name in NAMES
+    for way in FEW_WAYS.get(name, EVERY_WAY)
+]
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a scaler may skip the first step
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "LBFGS"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "precision", "clip", "accumulate", "optimizer"), WAYS)
+@pytest.mark.usefixtures("undrawn")
 def test_it_works_however_the_step_is_made(
     name: str, precision: str, clip: float | None, accumulate: int, optimizer: str
 ) -> None:
     """Finite and repeatable, or refused in a sentence."""
-    if optimizer == "LBFGS" and (accumulate > 1 or precision == "fp16"):
-        pytest.skip("Lightning's closure and L-BFGS don't go together there")
     makers: dict[str, Any] = {
         "AdamW": partial(torch.optim.AdamW, fused=precision == "fp16" and not clip),  # Lightning can't clip for that
         "SGD": SGD,
@@ -209,10 +225,17 @@ class Weights(Callback):
         torch.save(weights(pl_module), f"rank{trainer.global_rank}.pt")
 
 
+OVER_RANKS = [
+    (name, precision, accumulate)
+    for name in NAMES
+    for precision, accumulate in dict.fromkeys((way[0], way[2]) for way in FEW_WAYS.get(name, EVERY_WAY))
+]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "precision", "accumulate"), OVER_RANKS)
+@pytest.mark.usefixtures("undrawn")
 def test_two_ranks_stay_equal(name: str, precision: str, accumulate: int) -> None:
     options = {**PRECISIONS[precision](), "accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
     options |= {"devices": 2, "strategy": "ddp_fork", "max_epochs": 4}
@@ -223,8 +246,10 @@ def test_two_ranks_stay_equal(name: str, precision: str, accumulate: int) -> Non
 # Resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("undrawn")
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, accumulate: int) -> None:
     """Bitwise, with shuffling and dropout, from every step: before, at and after each change, amid an epoch."""
 
@@ -249,6 +274,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, accumulate: int) -> N
 # However a run is cut short or repeated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_fit_validate_and_fit_again_go_on_with_one_instance(name: str) -> None:
     """In one process, with one Trainer: nothing of the first fit is in the way of the validation or the second fit."""
@@ -291,6 +317,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_optimizers_by_hand(name: str) -> None:
     """Each works, or says that it can't."""
@@ -306,6 +333,7 @@ def test_two_optimizers_by_hand(name: str) -> None:
 CUT = [{"overfit_batches": 2}, {"limit_train_batches": 0.5}, {"fast_dev_run": 8}, {"fast_dev_run": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUT, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")

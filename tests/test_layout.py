@@ -50,7 +50,7 @@ LIBRARIES = {  # package, or room -> what of other people's its files may import
 }
 LONG = {  # files of more than 400 lines, and why they are one
     "recipes/parts/backbones/families.py": "a table, a family a row",
-    "recipes/parts/schedules.py": "ten schedules of a few lines each, read side by side; a config names them by this path",
+    "recipes/parts/schedules.py": "ten schedules, read side by side; a config names them by this path",
 }
 
 

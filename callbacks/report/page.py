@@ -29,6 +29,7 @@ dark; each has its numbers beside it in words. The page is a function of `report
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ def render(report: Mapping[str, Any]) -> str:
     )
 
 
+@functools.cache
 def template(name: str) -> Any:
     """A template beside this file; whatever is put into it is escaped."""
     import jinja2

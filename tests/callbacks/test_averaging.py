@@ -427,6 +427,7 @@ def test_every_checkpoint_holds_averaged_weights_and_the_raw_ones_beside_them(ki
         assert "head.weight" in state["raw"] and "tied.weight" not in state["raw"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3, "val_check_interval": 3}], ids=str)
 def test_resumed_anywhere_weights_and_average_are_bitwise_those_of_the_uninterrupted_run(
@@ -492,6 +493,7 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception() -> None:
     assert ema.handles == []
 
 
+@pytest.mark.slow
 def test_one_instance_serves_two_fits() -> None:
     ema = EMA(0.8)
     _, one = fit(ema)

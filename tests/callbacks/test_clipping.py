@@ -367,6 +367,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(name: str) -> None:
     assert_same(whole, resumed, 0.0)
 
 
+@pytest.mark.slow
 @every
 def test_one_instance_serves_two_fits(name: str) -> None:
     callback = EVERY[name]()

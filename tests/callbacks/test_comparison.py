@@ -81,6 +81,7 @@ def figure_of(name: str, found: Predictions, some: np.ndarray) -> float:
     return float(metrics.accuracy_score(labels, said))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, names",
     [

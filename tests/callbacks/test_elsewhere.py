@@ -274,6 +274,7 @@ for both, words in (([EMA(), StochasticWeightAveraging(0.1)], "would both replac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ["lightning", "pytorch_lightning"])
 def test_a_trainer_of_pytorch_lightning(own_folder: Path, imports: str) -> None:
     """Every callback as it is, or copied with its imports changed: fits, and resumes to the very weights."""

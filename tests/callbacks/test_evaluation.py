@@ -124,6 +124,7 @@ def test_the_interval_of_a_share_covers_what_it_says(size: int, share: float) ->
     assert 0.93 <= exact <= (0.9743 if (size, share) == (30, 0.9) else 0.97)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, share", [(30, 0.9), (200, 0.9), (200, 0.99), (2000, 0.99)])
 def test_the_interval_of_macro_f1_covers_what_it_says(size: int, share: float) -> None:
     classes, generator = 3, torch.Generator().manual_seed(0)

@@ -1319,6 +1319,7 @@ def test_what_would_fail_at_the_end_is_refused_before_the_first_step() -> None:
         fit(Net(), 0, Unlabelled(estimator="empirical"))
 
 
+@pytest.mark.slow
 def test_a_compiled_part_has_the_same_names_and_fisher() -> None:
     model, path = learnt()
     compiled = copy.deepcopy(model)

@@ -433,6 +433,7 @@ def test_a_sound_run_is_the_same_bit_for_bit(options: dict[str, Any]) -> None:
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
+@pytest.mark.slow
 def test_one_instance_serves_two_fits() -> None:
     guard = StopOnNonFinite(patience=10)
     for _ in range(2):  # eight skipped steps each
@@ -623,6 +624,7 @@ class Watched(Net):
         self.log("flat", 1.0, sync_dist=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_the_uninterrupted_one_does() -> None:
     whole = trainer(Phases(20), PhaseAwareEarlyStopping("flat", patience=4), epochs=20)
     whole.fit(Watched(), loader())
@@ -649,6 +651,7 @@ def test_early_stopping_serves_two_fits() -> None:
     assert stop.stopped_epoch == stop.wait_count == 0 and stop.stopping_reason.name == "NOT_STOPPED"
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together(tmp_path: Path) -> None:
     class Note(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -94,6 +94,7 @@ def pictures(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_no_picture_shows_the_source_of_what_it_means(name: str, own_folder: Path) -> None:
     from matplotlib.text import Text
@@ -174,6 +175,7 @@ def test_a_fit_that_lost_what_its_features_knew_is_said_to() -> None:
     assert "lies within the interval" in verdict(some(2, evaluation=answers(75, 100, 60), start=start))
 
 
+@pytest.mark.slow
 def test_a_temperature_that_makes_it_worse_is_not_recommended() -> None:
     report = some(3)
     report["evaluation"]["calibration"] |= {"error": 0.123, "temperature": 1.4, "error_with_temperature": 0.189}
@@ -203,6 +205,7 @@ def test_scores_are_held_against_the_mean(own_folder: Path) -> None:
     assert "a &lt; b" in content and "Furthest off" in content and content.count("mean squared error") == 1
 
 
+@pytest.mark.slow
 def test_several_labels_are_held_against_always_the_same(own_folder: Path) -> None:
     report = RUNS["labels"]()
     content = verdict(report)
@@ -279,6 +282,7 @@ def test_runs_of_every_kind_are_compared(kind: str, own_folder: Path) -> None:
     assert '<div class="scroll"><table>' in content
 
 
+@pytest.mark.slow
 def test_runs_on_other_test_sets_are_told_so(own_folder: Path) -> None:
     labels, names = torch.arange(60) % 3, [f"{n}.jpg" for n in range(60)]
     first, other = two_runs(own_folder, some(3), labels, 3, names)

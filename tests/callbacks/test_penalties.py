@@ -363,6 +363,7 @@ def test_a_resumed_l2sp_is_anchored_to_the_first_start(caplog: pytest.LogCapture
         trainer(L2SP(0.5), epochs=2).fit(Net(), loader(), ckpt_path="misfit.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 @every
 def test_one_instance_serves_two_fits(name: str) -> None:
     callback = EVERY[name]()

@@ -90,6 +90,7 @@ def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None
     check_page(own_folder / "page")
 
 
+@pytest.mark.slow
 def test_the_quickstarts_page_says_what_was_measured() -> None:
     cli = vision([*QUICK, "--test", "--trainer.max_epochs=4"])
     found = read(cli.folder)
@@ -119,6 +120,7 @@ def test_the_quickstarts_page_says_what_was_measured() -> None:
     assert report_of([cli.folder]).read_text() == content, "the page is a function of report.json"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # two folders, to be compared
 def test_phases_and_curves_survive_a_resume(own_folder: Path) -> None:
     def run(name: str, **options: Any) -> dict[str, Any]:
@@ -314,6 +316,7 @@ def test_a_score_has_curves_and_no_classes(own_folder: Path) -> None:
     assert "mse" in check_page(own_folder / "page")
 
 
+@pytest.mark.slow
 def test_several_labels_and_scores_of_texts(own_folder: Path) -> None:
     (own_folder / "t.csv").write_text("text,label\n" + "".join(f"word {n} here,{n / 9}\n" for n in range(40)))
     options = ["--data.train_file=t.csv", "--data.problem_type=regression", "--model.encoder=docstrings_bert"]
@@ -329,6 +332,7 @@ def test_several_labels_and_scores_of_texts(own_folder: Path) -> None:
     assert "Furthest off" in check_page(cli.folder)
 
 
+@pytest.mark.slow
 def test_texts_are_shown_with_what_the_answer_hangs_on(own_folder: Path) -> None:
     rows = "".join(f"{word} number {n},{word}\n" for n in range(20) for word in ("cat", "dog", "emu"))
     (own_folder / "t.csv").write_text(f"text,label\n{rows}")
@@ -344,6 +348,7 @@ def test_texts_are_shown_with_what_the_answer_hangs_on(own_folder: Path) -> None
     check_page(cli.folder)
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_on_the_same_samples(own_folder: Path) -> None:
     runs = []
     for epochs in (1, 3):
@@ -402,6 +407,7 @@ def test_predictions_come_back_as_they_were(own_folder: Path) -> None:
     assert chosen.names == [names[0], names[2]] and chosen.rows.tolist() == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_curve_stays_short(own_folder: Path) -> None:
     report = Report("page")
     fit([report], max_epochs=400, log_every_n_steps=1)
@@ -454,6 +460,7 @@ class Odd:
         vars(self).update(attributes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd",
     [
@@ -508,6 +515,7 @@ def test_a_page_that_cannot_be_made_costs_no_run(
         assert read(own_folder / "page")["evaluation"], "the facts are written before the page"
 
 
+@pytest.mark.slow
 def test_a_saliency_that_fails_costs_the_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("of memory")
@@ -517,6 +525,7 @@ def test_a_saliency_that_fails_costs_the_pictures_alone(monkeypatch: pytest.Monk
     assert found["uncertain"] and "picture" not in found["uncertain"][0]
 
 
+@pytest.mark.slow
 def test_other_data_are_not_held_against_the_start_nor_a_validation_called_a_test(own_folder: Path) -> None:
     from tests.conftest import write_folder
 
@@ -555,6 +564,7 @@ def test_numbers_that_are_none_are_left_out(own_folder: Path) -> None:
     assert "2 samples whose logits" in check_page(own_folder / "page")
 
 
+@pytest.mark.slow
 def test_an_earlier_run_in_the_same_folder_is_not_this_one(own_folder: Path) -> None:
     fit([Report("page")], max_epochs=1)
     assert read(own_folder / "page")["evaluation"]
@@ -581,6 +591,7 @@ def test_the_page_is_about_the_best_epoch(own_folder: Path) -> None:
     assert found["mistakes"] + found["uncertain"] and "saliency" not in found["uncertain"][0]
 
 
+@pytest.mark.slow
 def test_looking_at_the_start_changes_no_training() -> None:
     class Draws(VisionClassifier):
         def embed(self, batch: Any) -> Tensor:

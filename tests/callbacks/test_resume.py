@@ -292,24 +292,28 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         return X[4 * index : 4 * index + 4], Y[4 * index : 4 * index + 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resumed_anywhere_a_run_ends_as_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     data, options = SETTINGS[name]
     assert resume_everywhere(tmp_path, data, **options) == {}
 
 
+@pytest.mark.slow
 def test_without_the_callback_it_does_not(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="ended before the epoch ended"):
         found = resume_everywhere(tmp_path, shuffled, exact=False)
     assert len(found) >= 17, "these tests would see a difference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [shuffled, lambda: DataLoader(Stream(), 4)], ids=["sized", "stream"])
 @pytest.mark.parametrize("options", [{"val_check_interval": 3}, {"accumulate_grad_batches": 3}], ids=str)
 def test_checkpoints_written_in_odd_places_resume_exactly(data: Any, options: dict[str, Any], tmp_path: Path) -> None:
     assert resume_everywhere(tmp_path, data, SaveInOddPlaces, **options) == {}
 
 
+@pytest.mark.slow
 def test_a_generator_given_to_the_loader_is_seeded_too(tmp_path: Path) -> None:
     def data() -> DataLoader[Any]:
         generator = torch.Generator()
@@ -320,6 +324,7 @@ def test_a_generator_given_to_the_loader_is_seeded_too(tmp_path: Path) -> None:
     assert resume_everywhere(tmp_path, data, max_epochs=1) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["max_size_cycle", "min_size", "max_size"])
 def test_several_loaders_go_on_together(mode: str, tmp_path: Path) -> None:
     def data() -> CombinedLoader:
@@ -343,6 +348,7 @@ def test_a_run_limited_by_steps_resumes_exactly(tmp_path: Path) -> None:
     assert found.keys() == {over} and not [line for line in found[over] if line.startswith((".net", ".opt", ".sch"))]
 
 
+@pytest.mark.slow
 def test_no_step_of_reduce_lr_on_plateau_is_lost(tmp_path: Path) -> None:
     found = resume_everywhere(tmp_path, schedule="plateau", val_check_interval=3, max_epochs=3)
     assert found.keys() == {"epoch end 2.6"}, "at most that of a run that is over"
@@ -396,6 +402,7 @@ class TakesItsSamplerEarly(DataLoader[Any]):
             yield X[rows], Y[rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OwnIteration, TakesItsSamplerEarly])
 def test_loaders_that_iterate_in_their_own_way_resume_exactly(kind: type[DataLoader[Any]], tmp_path: Path) -> None:
     assert resume_everywhere(tmp_path, lambda: kind(Rows(), 4, shuffle=True)) == {}
@@ -428,12 +435,14 @@ class RemembersWhereItStands:
         self.order, self.at, self.restored = state["order"], state["at"], True
 
 
+@pytest.mark.slow
 def test_a_stateful_loader_goes_on_by_itself_and_no_epoch_ends_early(tmp_path: Path) -> None:
     found = resume_everywhere(tmp_path, RemembersWhereItStands)
     assert {line for lines in found.values() for line in lines if "combined_loader" not in line} == set()
     assert all(place.endswith("1.6") for place in found), "where the data are over its state is not asked for"
 
 
+@pytest.mark.slow
 def test_pictures_and_their_augmentation_resume_exactly_in_worker_processes(tmp_path: Path) -> None:
     class Pictures(Net):
         def __init__(self) -> None:
@@ -531,6 +540,7 @@ def on_two_ranks(folder: Path, name: str, *callbacks: Callback, **options: Any) 
     return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_exactly_and_draw_different_numbers(tmp_path: Path) -> None:
     whole = on_two_ranks(tmp_path, "whole", SaveEverywhere(tmp_path))
     assert not set(whole[0]["drawn"]) & set(whole[1]["drawn"])
@@ -699,6 +709,7 @@ def train_and_tell(folder: Path, pipe: Any, tmp: Path) -> None:
     (folder / "nearly.pt").replace(folder / "done.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_kill_at_any_moment_also_during_a_save_ends_with_the_uninterrupted_run(tmp_path: Path) -> None:

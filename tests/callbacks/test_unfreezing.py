@@ -342,6 +342,7 @@ def test_the_best_weights_come_back_before_the_next_phase() -> None:
     assert check.counter == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "saving", [{"save_on_train_epoch_end": True}, {"every_n_train_steps": 12}], ids=["after", "before validation"]
 )
@@ -494,6 +495,7 @@ def run_to(epoch: int, folder: Path, callbacks: list[Any], **options: Any) -> Pa
     return folder / "cut.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("way", [{"every_epochs": 1}, {"every_steps": 10}, {"every_steps": 12}])
 def test_resume_before_at_and_after_each_opening(tmp_path: Path, epoch: int, way: dict[str, int]) -> None:
@@ -519,6 +521,7 @@ def test_state_is_plain(tmp_path: Path) -> None:
     assert "head.out.weight" in state["best_weights"]
 
 
+@pytest.mark.slow
 def test_one_object_serves_two_fits() -> None:
     unfreezing = GradualUnfreezing(every_steps=6)
     one, other = fit([unfreezing]), fit([unfreezing])
@@ -527,6 +530,7 @@ def test_one_object_serves_two_fits() -> None:
     assert same(fit([freeze]), fit([freeze]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -544,6 +548,7 @@ def test_schedulers_survive_an_opening(scheduler: Any) -> None:
     assert watch.first_change("stem.weight") == 24
 
 
+@pytest.mark.slow
 def test_swa_survives_an_opening() -> None:
     watch = Watch()
     fit([GradualUnfreezing(every_steps=6), StochasticWeightAveraging(1e-3, swa_epoch_start=3), watch])
@@ -568,6 +573,7 @@ def test_groups_rates_and_decay_stay_as_they_were_configured() -> None:
     assert [g["lr"] for g in wanted if g["name"] in ("stem", "head")] == [1e-2 * 0.9**4, 1e-2]
 
 
+@pytest.mark.slow
 def test_every_change_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "callbacks.unfreezing"):
         fit([GradualUnfreezing(every_steps=12)], max_epochs=5)
@@ -627,6 +633,7 @@ class Halved(Net):
         return DataLoader(data().dataset, 8 // world, sampler=range(self.trainer.global_rank, 48, world))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.05, momentum=0.9), torch.optim.AdamW])
 def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path, accumulate: int, make: Any) -> None:
@@ -643,6 +650,7 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path, accumu
     assert one["dead"]
 
 
+@pytest.mark.slow
 def test_frozen_bytes_are_not_reduced(tmp_path: Path) -> None:
     one, _ = two_ranks(tmp_path, [GradualUnfreezing(every_steps=4)], Net())
     moved: dict[int, int] = {}
@@ -652,6 +660,7 @@ def test_frozen_bytes_are_not_reduced(tmp_path: Path) -> None:
     assert [moved[step] for step in (1, 5, 9, 13, 17)] == [sum(sizes[: n + 1]) for n in range(5)]
 
 
+@pytest.mark.slow
 def test_replicas_that_differ_stop_the_run(tmp_path: Path) -> None:
     class Drift(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:

@@ -100,6 +100,7 @@ def test_the_linear_ramp_is_the_one_of_the_papers() -> None:
 # Any schedule
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using")
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -114,6 +115,7 @@ def test_rate_is_schedule_times_ramp_to_the_last_bit(name: str, interval: str) -
     assert warm.shown == warm.used  # what LearningRateMonitor sees
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW, partial(torch.optim.LBFGS, lr=0.1, max_iter=2)])
 def test_the_update_is_made_at_the_rate_that_is_shown(make: Any) -> None:
     """Lightning's backward pass lies inside the optimiser's step; nothing may put the rate back before the update."""
@@ -129,6 +131,7 @@ def test_transformers_own_schedule() -> None:
     assert min(map(min, warm)) > 0.0  # theirs begins with a step at a rate of 0, ours does not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "fp16"])
 def test_optimiser_steps_are_counted(accumulate: int, precision: str) -> None:
@@ -169,6 +172,7 @@ def test_length_in_steps_epochs_or_share(length: dict[str, Any]) -> None:
     assert warmup.length == (6 if length == {"epochs": 0.5} else 12)
 
 
+@pytest.mark.slow
 def test_momentum_warms_up_and_comes_back() -> None:
     cycle = partial(schedulers.OneCycleLR, max_lr=1e-2, total_steps=48)
     for make, scheduler in ((SGD, None), (torch.optim.AdamW, None), (SGD, cycle)):
@@ -254,6 +258,7 @@ def test_resume_goes_on_bitwise(tmp_path: Path, name: str, epoch: int) -> None:
     assert same(whole, fit(callbacks(), net(), ckpt_path=tmp_path / "cut.ckpt"))
 
 
+@pytest.mark.slow
 def test_one_object_serves_two_fits() -> None:
     warmup = LRWarmup(steps=10)
     assert used([warmup], Net(SGD)).used == used([warmup], Net(SGD)).used

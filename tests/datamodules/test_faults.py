@@ -30,6 +30,7 @@ def epoch(data: ImageFolder) -> int:
     return sum(len(data.on_after_batch_transfer(batch, 0)["image"]) for batch in data.val_dataloader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["permission", "vanished"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_cannot_be_had(
@@ -74,6 +75,7 @@ print("the epoch came to its end")
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_epoch_with_an_error(own_folder: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(write_folder(own_folder / "images", each=30))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])

@@ -466,6 +466,7 @@ def test_a_whole_batch_of_nothing_readable_is_left_out(tmp_path: Path, size: int
         rows(data, "test")
 
 
+@pytest.mark.slow
 def test_a_batch_of_nothing_counts_nothing(tmp_path: Path) -> None:
     """The loss and the metrics are those of the images that there are."""
     from recipes.vision import main

@@ -214,6 +214,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     web.server_close()
 
 
+@pytest.mark.slow
 def test_files_far_away_are_read_in_part_and_asked_for_again(
     shards: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def test_files_far_away_are_read_in_part_and_asked_for_again(
         made([f"{address}/nowhere.parquet"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the checkpoints lie outside their run
 def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one(shards: str) -> None:
     options = ["--trainer.max_epochs=2", "--model.head_dropout=0.3", "--model.backbone=resnet8", "--data.num_workers=2"]

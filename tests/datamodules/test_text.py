@@ -252,6 +252,7 @@ def test_the_histogram_fits_on_a_line() -> None:
     assert histogram([]) == "no texts"
 
 
+@pytest.mark.slow
 def test_docstrings_are_the_interpreters_own(words: str) -> None:
     data = Docstrings(tokenizer=words)
     data.setup("fit")
@@ -274,6 +275,7 @@ def test_docstrings_are_the_interpreters_own(words: str) -> None:
     assert other.splits["val"].rows.tolist() != splits["val"].rows.tolist()  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_docstrings_of_packages_leave_out_what_is_tested_on(
     words: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

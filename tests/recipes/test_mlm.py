@@ -81,6 +81,7 @@ def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(own_folder: Path) ->
     assert not train & val, "a text's pieces are all in one split"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_is_an_encoder_for_the_classifier(own_folder: Path, kind: str) -> None:
     encoder, file = tiny_encoder(own_folder / kind, kind), write_csv(own_folder / "train.csv", 40)
@@ -98,6 +99,7 @@ def test_the_result_is_an_encoder_for_the_classifier(own_folder: Path, kind: str
     assert any(not torch.equal(before[name], value) for name, value in learnt.items())
 
 
+@pytest.mark.slow
 def test_from_scratch_with_a_tokenizer_of_its_own_and_again_after_a_cut(own_folder: Path) -> None:
     file = write_csv(own_folder / "train.csv", 60)
     shape = "{model_type: bert, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}"
@@ -113,6 +115,7 @@ def test_from_scratch_with_a_tokenizer_of_its_own_and_again_after_a_cut(own_fold
     assert float(whole.trainer.callback_metrics["val/loss"]) < 4 < np.log(90)
 
 
+@pytest.mark.slow
 def test_what_to_start_from_must_be_said_once(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_csv(own_folder / "train.csv", 20)
     tokenizer().save_pretrained(own_folder / "words")

@@ -30,8 +30,8 @@ from ..tiny_encoders import tiny_encoder, write_csv
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
-PICTURES, BATCH = 5_000, 100
-BROKEN = (0, 7, 99, 100, 1234, 2500, 2501, 3999, 4998, 4999)
+PICTURES, BATCH, EACH = 2_000, 40, 400  # `EACH` in a folder
+BROKEN = (0, 7, 39, 40, 494, 1000, 1001, 1599, 1998, 1999)
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """5,000 JPEGs in five folders, ten of them broken in ways that happen."""
+    """2,000 JPEGs in five folders, ten of them broken in ways that happen."""
     root = tmp_path_factory.mktemp("pictures")
     encoded = []
     for seed in range(251):
@@ -57,13 +57,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture(seed, 16, 16).save(buffer, "JPEG")
         encoded.append(buffer.getvalue())
     for number in range(PICTURES):
-        path = root / f"{number // 1000}" / f"{number:04}.jpg"
+        path = root / f"{number // EACH}" / f"{number:04}.jpg"
         path.parent.mkdir(exist_ok=True)
         content = encoded[number % len(encoded)]
         if number in BROKEN:
             content = [b"", content[:200], b"no picture at all", content[:20] + bytes(300)][number % 4]
         path.write_bytes(content)
-    gone = root / "3" / "3999.jpg"
+    gone = root / "3" / "1599.jpg"
     gone.unlink()
     gone.symlink_to("nowhere.jpg")
     return root
@@ -134,19 +134,21 @@ def note_what_is_read(patch: pytest.MonkeyPatch, file: Path) -> None:
     patch.setattr(ImageFiles, "read", noted)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pictures to predict")
 def test_a_moved_checkpoint_predicts_all_that_can_be_read_and_lists_the_rest(
     own_folder: Path, checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli = predict(checkpoint, pictures)
     found, unreadable = rows(own_folder / "out.csv"), rows(own_folder / "out.unreadable.csv")
-    paths = [str(pictures / str(number // 1000) / f"{number:04}.jpg") for number in range(PICTURES)]
+    paths = [str(pictures / str(number // EACH) / f"{number:04}.jpg") for number in range(PICTURES)]
     assert [row["name"] for row in unreadable] == [paths[number] for number in BROKEN]
     assert [row["name"] for row in found] == [path for number, path in enumerate(paths) if number not in BROKEN]
     assert {row["label"] for row in found} <= {"5", "6", "7", "8", "9"}
     assert "truncated" in unreadable[1]["reason"] or "cannot identify" in unreadable[1]["reason"]
     screen, words = capsys.readouterr()
-    assert "4,990 predictions in out.csv; 10 unreadable, see out.unreadable.csv" in screen
-    assert "5000 to predict" in screen
+    assert "1,990 predictions in out.csv; 10 unreadable, see out.unreadable.csv" in screen
+    assert "2000 to predict" in screen
     assert "the same command goes on from out.csv.parts" in " ".join(words.split())
     assert cli.model.hparams["image_size"] == cli.datamodule.image_size == 8
 
@@ -154,7 +156,9 @@ def test_a_moved_checkpoint_predicts_all_that_can_be_read_and_lists_the_rest(
 MOMENTS = ("amid a line", "last line", "merge", "merged", "being removed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.xdist_group("pictures to predict")
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     own_folder: Path, checkpoint: Path, pictures: Path, expected: dict[str, bytes], moment: str
 ) -> None:
@@ -195,6 +199,8 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     assert not Path("out.csv.parts").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pictures to predict")
 def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
     own_folder: Path, checkpoint: Path, pictures: Path, expected: dict[str, bytes]
 ) -> None:
@@ -212,7 +218,7 @@ def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
         began = batches_in(Path("out.csv.parts"))
         while child.is_alive() and kills < 2:
             if batches_in(Path("out.csv.parts")) > began:
-                time.sleep(chance.uniform(0, 0.1))
+                time.sleep(chance.uniform(0, 0.04))
                 os.killpg(child.pid or 0, signal.SIGKILL)
                 break
             time.sleep(0.005)
@@ -239,6 +245,7 @@ def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
     patch.undo()
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_not_gone_on_with_for_something_else(
     own_folder: Path, checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +284,7 @@ def test_what_a_killed_run_left_is_not_gone_on_with_for_something_else(
     assert len(rows(own_folder / "out.csv")) == 5
 
 
+@pytest.mark.slow
 def test_pictures_that_are_all_unreadable_are_listed(own_folder: Path, checkpoint: Path) -> None:
     (own_folder / "new").mkdir()
     for number in range(3):
@@ -288,6 +296,7 @@ def test_pictures_that_are_all_unreadable_are_listed(own_folder: Path, checkpoin
         predict(checkpoint, own_folder / "new", "--data.on_error=raise")
 
 
+@pytest.mark.slow
 def test_the_most_probable_classes_in_parquet_with_mirror_images(own_folder: Path, checkpoint: Path) -> None:
     root = write_folder(own_folder / "new", ("a",), classes=2, each=3)
     more = ["--predictions=top.parquet", "--model.top_k=5", "--model.mirror_at_test=true"]
@@ -305,6 +314,7 @@ def test_the_most_probable_classes_in_parquet_with_mirror_images(own_folder: Pat
     assert any(abs(plain[row["name"]] - row["probability"]) > 1e-4 for row in table)
 
 
+@pytest.mark.slow
 def test_too_many_classes_and_other_endings_are_refused(
     own_folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,6 +345,7 @@ def test_a_checkpoint_alone_says_what_it_cannot_do(
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_training_folder_may_be_gone_and_the_config_moved_too(own_folder: Path) -> None:
     root = write_folder(own_folder / "pictures", ("train", "val"), each=6)
     options = ["--data=ImageFolder", f"--data.root={root}", "--model.weights=null", "--model.image_size=32"]
@@ -354,6 +365,7 @@ def test_the_training_folder_may_be_gone_and_the_config_moved_too(own_folder: Pa
     assert len(rows(own_folder / "out.csv")) == 18
 
 
+@pytest.mark.slow
 def test_a_text_checkpoint_brings_its_tokenizer_and_broken_lines_are_listed(own_folder: Path) -> None:
     encoder, file = tiny_encoder(own_folder / "bert"), write_csv(own_folder / "train.csv", 40)
     options = [f"--data.train_file={file}", f"--model.encoder={encoder}", "--data.batch_size=8", "--data.max_length=16"]
@@ -379,6 +391,7 @@ def test_a_text_checkpoint_brings_its_tokenizer_and_broken_lines_are_listed(own_
     assert cli.datamodule.max_length == 16 and list(rows(own_folder / "out.csv")[0])[-1] == "p(good)"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The variance of predictions")  # after two steps
 def test_texts_go_on_where_they_were_cut_off(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores: also these need neither the run nor its encoder."""

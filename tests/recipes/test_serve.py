@@ -162,6 +162,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     stopped(server)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pictures")
 def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
     bodies = [encoded(number) for number in range(200)]
     broken = b"no picture"  # between the others, and in their batches
@@ -196,6 +198,8 @@ def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
         assert list(answer["probabilities"].values()) == pytest.approx(everything[number].tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("texts")
 def test_texts_at_once_and_what_is_none(texts: Server) -> None:
     asked = [sentence(number % 2, number // 2, number % 30) for number in range(100)]
     with ThreadPoolExecutor(50) as pool:
@@ -223,6 +227,8 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pictures")
 def test_what_is_no_picture_is_told(pictures: Server) -> None:
     gif = io.BytesIO()
     Image.new("F", (4, 4)).save(gif, "TIFF")
@@ -247,6 +253,8 @@ def test_what_is_no_picture_is_told(pictures: Server) -> None:
     assert pictures.health() == 200
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("pictures")
 def test_a_gigabyte_is_refused_unread(pictures: Server) -> None:
     assert pictures.post(encoded(3))[0] == 200
     before = pictures.memory()
@@ -289,13 +297,19 @@ def test_a_port_that_is_taken_is_a_sentence_before_anything_is_loaded(capsys: py
     check_free("127.0.0.1", port)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("pictures", "vision, 3 classes: a, b, c\n\n    curl --data-binary @picture.jpg {}/predict"),
-        (
+        pytest.param(
+            "pictures",
+            "vision, 3 classes: a, b, c\n\n    curl --data-binary @image.jpg {}/predict",
+            marks=pytest.mark.xdist_group("pictures"),
+        ),
+        pytest.param(
             "texts",
             "text, 3 classes: a, b, c\n\n    curl -H 'Content-Type: application/json' -d '{{\"text\": \"...\"}}' {}/",
+            marks=pytest.mark.xdist_group("texts"),
         ),
     ],
 )

@@ -38,6 +38,7 @@ def folder_of(cli: Any) -> Path:
     return Path(cli.folder)
 
 
+@pytest.mark.slow
 def test_it_learns_and_plain_transformers_opens_the_result(options: list[str]) -> None:
     cli = main([*options, "--test"])
     assert float(cli.trainer.callback_metrics["test/accuracy"]) == 1.0
@@ -55,6 +56,7 @@ def test_it_learns_and_plain_transformers_opens_the_result(options: list[str]) -
     assert best["recipe"]["encoder"]["model_type"] == "bert"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_trains_every_parameter_and_survives_the_folder(options: list[str], kind: str) -> None:
     encoder = tiny_encoder(Path(kind), kind)
@@ -69,6 +71,7 @@ def test_every_architecture_trains_every_parameter_and_survives_the_folder(optio
     torch.testing.assert_close(model(**inputs).logits, cli.model.eval()(**inputs), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_head_that_transformers_lacks_is_told(options: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         cli = main([*options, "--model.pooling=mean", "--model.head=mlp", "--trainer.max_epochs=1"])
@@ -78,6 +81,7 @@ def test_a_head_that_transformers_lacks_is_told(options: list[str], caplog: pyte
         TextClassifier(2, head="mlp")
 
 
+@pytest.mark.slow
 def test_raw_sentences_are_predicted_as_plain_transformers_does(options: list[str], own_folder: Path) -> None:
     cli = main(options)
     texts = [sentence(number % 2, number, 5 * number % 17) for number in range(21)]
@@ -98,6 +102,7 @@ def test_raw_sentences_are_predicted_as_plain_transformers_does(options: list[st
         assert float(row["probability"]) == pytest.approx(max(float(row["p(bad)"]), float(row["p(good)"])))
 
 
+@pytest.mark.slow
 def test_what_docstrings_taught_is_asked_of_other_texts(own_folder: Path) -> None:
     few = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1", *QUIET]
     cli = main(["fit", "--config", "text/quickstart", *few])
@@ -120,6 +125,7 @@ def test_what_docstrings_taught_is_asked_of_other_texts(own_folder: Path) -> Non
     assert {row["label"] for row in rows} <= set(cli.datamodule.class_names)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The variance of predictions")  # before the first step
 def test_several_labels_and_scores(options: list[str], own_folder: Path) -> None:
     rows = [
@@ -180,6 +186,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(own_folder: Path) -> No
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the checkpoints lie outside their run
 @pytest.mark.parametrize("drawn", [[], ["--data.balance=true", "--data.tokens_per_batch=160"]], ids=["", "balanced"])
 def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one(options: list[str], drawn: list[str]) -> None:
@@ -195,6 +202,7 @@ def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one(options: list[str]
         assert same(whole.model, resumed.model), step
 
 
+@pytest.mark.slow
 def test_two_ranks_count_every_text_once_and_learn_alike(options: list[str], own_folder: Path) -> None:
     alone = main([*options, "--trainer.precision=32", "--trainer.max_epochs=10"])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
@@ -250,6 +258,7 @@ class Rates(Callback):
             self.found.setdefault(group["name"], []).append(group["lr"])
 
 
+@pytest.mark.slow
 def test_blocks_open_from_the_head_down_each_with_a_warm_up_of_its_own(own_folder: Path) -> None:
     optimizer = partial(torch.optim.AdamW, lr=1e-3)
     model = TextClassifier(2, encoder=str(tiny_encoder(own_folder / "bert")), optimizer=optimizer)
@@ -267,6 +276,7 @@ def test_blocks_open_from_the_head_down_each_with_a_warm_up_of_its_own(own_folde
         assert shares[opened : opened + 5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
+@pytest.mark.slow
 def test_ewc_and_l2sp_hold_the_first_task_while_a_second_is_learnt(own_folder: Path) -> None:
     """The second task has the labels of the first exchanged: what is learnt there breaks what was learnt before."""
     encoder = str(tiny_encoder(own_folder / "bert"))
@@ -290,6 +300,7 @@ def test_ewc_and_l2sp_hold_the_first_task_while_a_second_is_learnt(own_folder: P
     assert kept["ewc"] < 0.5 * kept["nothing"] and kept["l2sp"] < 0.9 * kept["nothing"], kept
 
 
+@pytest.mark.slow
 def test_mistakes_get_a_sentence(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, words in (
         (["--data.max_length=500"], "takes 66 at most"),

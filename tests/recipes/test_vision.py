@@ -38,6 +38,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns_the_other_digits(capsys: pytest.CaptureFixture[str]) -> None:
     cli = main([*QUICK, "--test"])
     assert cli.trainer.callback_metrics["test/accuracy"] >= 0.97
@@ -60,6 +61,7 @@ def test_the_quickstart_learns_the_other_digits(capsys: pytest.CaptureFixture[st
     assert len(screen.splitlines()) <= 24, "the summary fits on one screen"
 
 
+@pytest.mark.slow
 def test_the_saved_config_gives_the_same_run_again() -> None:
     short = ["--trainer.max_epochs=2"]
     first = main([*QUICK, *short])
@@ -70,6 +72,7 @@ def test_the_saved_config_gives_the_same_run_again() -> None:
     assert Path(again.trainer.log_dir or "").parent == Path(first.trainer.log_dir or "").parent
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     options = ["--trainer.max_epochs=4", "--data.augment=strong", "--model.head_dropout=0"]
     whole = main([*QUICK, *options])
@@ -83,6 +86,7 @@ def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the checkpoints lie outside their run
 def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one() -> None:
     """With shuffling, augmentation and dropout, from the middle of an epoch and from its last step."""
@@ -99,6 +103,7 @@ def test_a_run_resumed_amid_an_epoch_is_the_uninterrupted_one() -> None:
         assert same(whole, resumed.model.state_dict()), step
 
 
+@pytest.mark.slow
 def test_ewc_holds_the_first_digits_while_others_are_learnt() -> None:
     ewc = ["--trainer.callbacks+=EWC", "--trainer.max_epochs=1"]
     first = main([*QUICK, *ewc, "--trainer.callbacks.save=a.safetensors", "--trainer.callbacks.samples=100"])
@@ -112,6 +117,7 @@ def test_ewc_holds_the_first_digits_while_others_are_learnt() -> None:
     assert distance[1] < distance[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_what_is_configured_now_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     options = ["--trainer.max_epochs=1", "--model.schedule=Constant"]
@@ -141,6 +147,7 @@ def gradients() -> Iterator[list[torch.Tensor]]:
     handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_from_the_command_line_acts(algorithm: str, gradients: list[torch.Tensor]) -> None:
     options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
@@ -153,6 +160,7 @@ def test_clipping_from_the_command_line_acts(algorithm: str, gradients: list[tor
     assert min(float(gradient.norm()) for gradient in gradients) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
 def test_precision_from_the_command_line_acts(
     precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +181,7 @@ def test_precision_from_the_command_line_acts(
     assert all(p.dtype == torch.float32 for p in cli.model.parameters()), "master weights stay fp32"
 
 
+@pytest.mark.slow
 def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
     options = ["--trainer.max_epochs=4", "--trainer.strategy=ddp", "--trainer.devices=2", "--data.eval_batch_size=16"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"OMP_NUM_THREADS": "1"}
@@ -197,6 +206,7 @@ def test_two_ranks_count_every_picture_once_and_agree(own_folder: Path) -> None:
     assert reports[0]["start"] is not None
 
 
+@pytest.mark.slow
 def test_predictions_of_a_folder(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folder(own_folder / "pictures", each=6)
     options = ["--trainer.max_epochs=1", "--model.weights=null", "--model.image_size=32", "--data.batch_size=4"]
@@ -214,6 +224,7 @@ def test_predictions_of_a_folder(own_folder: Path, capsys: pytest.CaptureFixture
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_does_not_change() -> None:
     freeze = ["--trainer.callbacks+=Freeze", "--trainer.callbacks.train_last_blocks=2"]
     cli = main([*QUICK, "--trainer.max_epochs=1", *freeze, "--model.optimizer.weight_decay=0.5"])
@@ -225,6 +236,7 @@ def test_a_frozen_backbone_does_not_change() -> None:
         assert changed == name.startswith(last), name
 
 
+@pytest.mark.slow
 def test_lbfgs_goes_to_the_optimum_of_a_probe() -> None:
     cli = main(
         [
@@ -238,6 +250,7 @@ def test_lbfgs_goes_to_the_optimum_of_a_probe() -> None:
     assert cli.trainer.callback_metrics["val/accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_class_weights_balanced_come_from_the_training_counts() -> None:
     cli = main([*QUICK, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.class_weights=balanced"])
     counts = torch.tensor(cli.datamodule.class_counts, dtype=torch.float32)
@@ -268,6 +281,7 @@ def test_reinitialised_blocks_are_fresh_and_the_others_pretrained() -> None:
             assert torch.equal(value, pretrained[name]) != name.startswith(last), name
 
 
+@pytest.mark.slow
 def test_inception_trains_its_auxiliary_head_too() -> None:
     model = VisionClassifier(3, backbone="inception_v3", aux_weight=0.4)
     model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -281,6 +295,7 @@ def test_inception_trains_its_auxiliary_head_too() -> None:
     assert model(batch["image"]).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_no_pickles_and_say_what_they_are() -> None:
     cli = main([*QUICK, "--trainer.max_epochs=1"])
     best = Path(cli.trainer.log_dir or "") / "checkpoints" / "best.ckpt"
@@ -293,6 +308,7 @@ def test_checkpoints_hold_no_pickles_and_say_what_they_are() -> None:
     assert torch.equal(again.head.weight, cli.model.head.weight)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.slow
 def test_the_schedule_counts_optimiser_steps_under_accumulation() -> None:
     options = [
         "--trainer.max_epochs=2",
@@ -308,6 +324,7 @@ def test_the_schedule_counts_optimiser_steps_under_accumulation() -> None:
     assert max(ratio) - min(ratio) < 1e-6, "every group is at the same point of its schedule"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_plateau_hears_its_metric_once_per_validation_and_survives_a_resume() -> None:
     plateau = ["--model.schedule=Plateau", "--model.schedule.monitor=val/loss", "--model.schedule.mode=max"]
@@ -323,6 +340,7 @@ def test_a_plateau_hears_its_metric_once_per_validation_and_survives_a_resume() 
     assert same(weights(whole), weights(resumed))
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_logged_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*QUICK, "--model.schedule=Plateau", "--model.schedule.monitor=val/los", "--trainer.max_epochs=1"])

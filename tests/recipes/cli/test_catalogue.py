@@ -28,6 +28,7 @@ def test_ls_filters(capsys: pytest.CaptureFixture[str]) -> None:
     assert "convnext_tiny" in screen and "Digits" not in screen
 
 
+@pytest.mark.slow
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "show", "vision/quickstart") == names.find_config("vision/quickstart").read_text()
     assert "root/train/ants/a.jpg" in output(capsys, "show", "ImageFolder")

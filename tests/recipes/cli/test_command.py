@@ -25,6 +25,7 @@ def signals() -> Iterator[None]:
         signal.signal(one, handler)
 
 
+@pytest.mark.slow
 def test_quiet_prints_the_folder_alone(capfd: pytest.CaptureFixture[str]) -> None:
     cli = main([*QUICK, "--quiet"])
     said = capfd.readouterr()
@@ -33,6 +34,7 @@ def test_quiet_prints_the_folder_alone(capfd: pytest.CaptureFixture[str]) -> Non
     assert "quiet: false" in (cli.folder / "config.yaml").read_text(), "whoever runs it again may want to see it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ctrl-c", "sigterm"])
 def test_who_stops_a_fit_is_told_what_is_saved_and_how_to_go_on(
     way: str, signals: None, capsys: pytest.CaptureFixture[str]
@@ -52,6 +54,7 @@ def test_who_stops_a_fit_is_told_what_is_saved_and_how_to_go_on(
     assert cli.trainer.global_step == 51
 
 
+@pytest.mark.slow
 def test_who_stops_a_fit_in_its_first_epoch_has_saved_nothing(
     signals: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +65,7 @@ def test_who_stops_a_fit_in_its_first_epoch_has_saved_nothing(
     assert re.search(r"again +python -m recipes.vision fit --config runs/.*/config.yaml", screen)
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_fit_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +79,7 @@ def test_ctrl_c_before_the_fit_is_no_traceback(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opens", [[], ["--trainer.callbacks+=GradualUnfreezing", "--trainer.callbacks.every_epochs=1"]]
 )

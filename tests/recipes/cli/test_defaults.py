@@ -11,12 +11,14 @@ from tests.conftest import write_folder
 from tests.recipes.cli.test_mistakes import QUICK
 
 
+@pytest.mark.slow
 def test_a_learning_rate_finder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*QUICK, "--trainer.callbacks+=LearningRateFinder"])
     assert "gives every parameter group the same learning rate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_command_line_adds_takes_the_place_of_the_configs(own_folder: Path) -> None:
     """README's rows, on a config that unfreezes already."""
     root = write_folder(own_folder / "pictures", (), each=8)

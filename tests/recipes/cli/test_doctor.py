@@ -67,6 +67,7 @@ def digits(own_folder: Path) -> tuple[Path, list[Any]]:
     return root, left
 
 
+@pytest.mark.slow
 def test_what_is_sound_is_called_sound(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
     found = visit(*OPTIONS, f"--data.root={digits[0]}")
     assert not any(found[key] for key in ("unreadable", "misnamed", "exact", "rescaled", "leaks", "conflicts"))
@@ -75,6 +76,7 @@ def test_what_is_sound_is_called_sound(digits: Any, capsys: pytest.CaptureFixtur
     assert "the backbone expects" in screen
 
 
+@pytest.mark.slow
 def test_what_was_planted_is_found(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
     root, left = digits
     broken, misnamed, twice, rescaled, wrong = set(), set(), set(), set(), set()
@@ -128,6 +130,7 @@ def test_what_was_planted_is_found(digits: Any, capsys: pytest.CaptureFixture[st
     assert "labels are doubtful" in screen
 
 
+@pytest.mark.slow
 def test_files_that_no_other_program_would_open(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A class of pointers to files elsewhere, a picture that would fill the memory, a name that is no text."""
     root, left = digits
@@ -145,6 +148,7 @@ def test_files_that_no_other_program_would_open(digits: Any, capsys: pytest.Capt
     assert len(found["exact"]) == 1
 
 
+@pytest.mark.slow
 def test_many_copies_are_one_group(own_folder: Path) -> None:
     for number in range(30):
         write(own_folder / "p", "train", number % 2, f"{number}.jpg", digit(load_digits().images[0]))
@@ -156,6 +160,7 @@ def test_many_copies_are_one_group(own_folder: Path) -> None:
     assert len(found["rescaled"]) == 1, "not one for each pair"
 
 
+@pytest.mark.slow
 def test_without_weights_labels_are_not_looked_at(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
     visit(*OPTIONS, f"--data.root={digits[0]}", "--model.weights=null")
     assert "without model.weights the backbone's features say nothing" in capsys.readouterr().out
@@ -163,6 +168,7 @@ def test_without_weights_labels_are_not_looked_at(digits: Any, capsys: pytest.Ca
     assert "labels were not looked at, for lack of the backbone's weights" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_texts(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("a fine film", "good"), ("A  fine film", "bad"), ("x", "good"), ("it was a cafÃ© story", "bad")]
     rows += [(f"sentence number {number} of many", "good" if number % 2 else "bad") for number in range(20)]
@@ -183,6 +189,7 @@ def test_texts(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "train · a fine film = train · A fine film = val · a Fine film" in screen
 
 
+@pytest.mark.slow
 def test_texts_to_pretrain_on(own_folder: Path) -> None:
     """Longer ones are cut into pieces; looked at are the texts."""
     lines = ["text", *(f"sentence number {number} of many, " * 9 for number in range(30)), "twice", "Twice"]
@@ -222,6 +229,7 @@ def write_texts(rows: list[tuple[str, str]], file: str = "train.csv") -> None:
     Path(file).write_text("\n".join(["text,label", *map(",".join, rows)]) + "\n")
 
 
+@pytest.mark.slow
 def test_wrong_labels_of_texts_are_found(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {7, 90, 133, 200, 271, 18, 44}
     write_texts(reviews(wrong))
@@ -241,6 +249,7 @@ def test_wrong_labels_of_texts_are_found(own_folder: Path, capsys: pytest.Captur
     assert kinds.count("suspect") == len(suspects), "all of them, not five"
 
 
+@pytest.mark.slow
 def test_texts_of_scores_have_no_suspects(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts([(text, str(row / 10)) for row, (text, _) in enumerate(reviews(set(), 30))])
     options = ["--model.encoder=docstrings_bert", "--data.train_file=train.csv", "--data.problem_type=regression"]

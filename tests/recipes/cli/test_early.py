@@ -25,6 +25,7 @@ def test_help_and_slips_in_a_name_come_before_the_heavy_imports(args: list[str])
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_hides_ours_is_told(own_folder: Path) -> None:
     (own_folder / "callbacks").mkdir()
     (own_folder / "callbacks" / "__init__.py").touch()
@@ -35,6 +36,7 @@ def test_a_folder_that_hides_ours_is_told(own_folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_something_is_said_before_anything_heavy_is_imported(capsys: pytest.CaptureFixture[str]) -> None:
     names.start("vision", ["fit", "--config", "vision/quickstart"])
     assert capsys.readouterr().err == "vision fit: starting\n"

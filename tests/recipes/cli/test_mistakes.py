@@ -112,6 +112,7 @@ def test_a_mistake_gets_a_sentence(
     assert not (own_folder / "runs").exists(), "a mistake leaves no run behind"
 
 
+@pytest.mark.slow
 def test_an_error_that_is_not_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug in a library")

@@ -12,6 +12,7 @@ from recipes.vision import main
 from tests.recipes.cli.quick import QUICK
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_gone_on_with(capsys: pytest.CaptureFixture[str]) -> None:
     folder = main([*QUICK, "--trainer.max_epochs=1"]).folder
 

@@ -12,6 +12,7 @@ from recipes.vision import main
 from tests.recipes.cli.quick import QUICK
 
 
+@pytest.mark.slow
 def test_where_a_run_cannot_be_written_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from recipes.vision import main
 from tests.recipes.cli.quick import QUICK
 
 
+@pytest.mark.slow
 def test_in_a_file_there_is_a_line_an_epoch_and_nothing_wraps(capfd: pytest.CaptureFixture[str]) -> None:
     main([*QUICK, "--trainer.log_every_n_steps=1"])
     said = capfd.readouterr()

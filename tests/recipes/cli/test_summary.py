@@ -20,6 +20,7 @@ from recipes.vision import main
 from tests.recipes.cli.quick import QUICK
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_before_a_validation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     cli = main([*QUICK, "--trainer.max_steps=2", "--test", *stop])
@@ -49,6 +50,7 @@ def test_a_models_name_says_more_than_model(own_folder: Path) -> None:
     assert describe_model(net(backbone="small"), trained=2).endswith("25.0% of them trained")
 
 
+@pytest.mark.slow
 def test_what_trained_is_counted_once_where_features_were_computed_before(capsys: pytest.CaptureFixture[str]) -> None:
     probe = ["--trainer.callbacks+=Freeze", "--trainer.callbacks.train_last_blocks=1"]
     main([*QUICK, *probe, "--feature_views=1", "--data.augment=none", "--trainer.max_epochs=1"])
@@ -58,6 +60,7 @@ def test_what_trained_is_counted_once_where_features_were_computed_before(capsys
     assert said.err.count("325 parameters train") == 1
 
 
+@pytest.mark.slow
 def test_the_report_knows_what_doctor_said_of_the_same_data() -> None:
     with contextlib.suppress(SystemExit):
         command(["doctor", "vision/quickstart"])

@@ -14,6 +14,7 @@ from recipes.deploy.snippets import PIXELS
 from recipes.export import export, main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["0 is white", "16 bits", "transparent", "turned", "broken"])
 def test_lines_that_read_otherwise_are_refused(checkpoint: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = {
@@ -26,8 +27,8 @@ def test_lines_that_read_otherwise_are_refused(checkpoint: Path, fault: str, mon
     assert old in PIXELS
     monkeypatch.setattr(formats, "PIXELS", PIXELS.replace(old, new))
     with pytest.raises(ValueError, match="the lines that read images"):
-        export(checkpoint, "torch")
-    assert not list(checkpoint.parents[1].glob("*_torch"))
+        export(checkpoint, "safetensors")  # these lines are the same in every form, and this one is written at once
+    assert not list(checkpoint.parents[1].glob("*_safetensors"))
 
 
 class Wrong(ImageGraph):
@@ -37,6 +38,7 @@ class Wrong(ImageGraph):
         return super().forward(images * self.std + self.mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch", "onnx"])
 def test_what_answers_otherwise_is_refused_and_nothing_is_left(
     checkpoint: Path, own_folder: Path, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ from recipes.export import export
 from tests.recipes.deploy.exports import fit_texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deberta-v2", "distilbert", "modernbert"])
 def test_every_encoder_in_onnx(own_folder: Path, kind: str) -> None:
     checkpoint = fit_texts(own_folder, kind=kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from recipes.deploy.restored import restore
@@ -11,6 +12,7 @@ from recipes.export import export
 from tests.recipes.deploy.exports import NETS, fit_pictures
 
 
+@pytest.mark.slow
 def test_predictions_with_mirror_images_are_exported_as_such(own_folder: Path) -> None:
     checkpoint = fit_pictures(own_folder, *NETS["resnet8"], "--model.mirror_at_test=true")
     images = torch.rand(3, 3, 32, 32)

@@ -10,6 +10,7 @@ from recipes.export import export
 from tests.recipes.deploy.exports import fit_texts
 
 
+@pytest.mark.slow
 def test_a_checkpoint_alone_is_enough(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = fit_texts(own_folder)
     moved = Path(checkpoint.rename(own_folder / "model.ckpt"))

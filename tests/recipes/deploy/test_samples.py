@@ -15,6 +15,7 @@ from tests.recipes.deploy.exports import fit_texts
 from tests.tiny_encoders import write_csv
 
 
+@pytest.mark.slow
 def test_samples_are_what_can_be_read(checkpoint: Path, own_folder: Path) -> None:
     given = own_folder / "given" / "deeper"
     given.mkdir(parents=True)
@@ -22,12 +23,13 @@ def test_samples_are_what_can_be_read(checkpoint: Path, own_folder: Path) -> Non
     Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(given / "b.png")
     for name in ("._b.png", "notes.txt", "broken.png"):
         (given / name).write_bytes(b"Mac OS X")
-    folder = export(checkpoint, "torch", given=own_folder / "given")
+    folder = export(checkpoint, "safetensors", given=own_folder / "given")
     assert json.loads((folder / "facts.json").read_text())["check"]["samples"] == 2
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere: expected one of images"):
-        export(checkpoint, "onnx", given=own_folder / "nowhere")
+        export(checkpoint, "safetensors", Path("made"), given=own_folder / "nowhere")
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_path_is_not_taken_for_the_runs(own_folder: Path) -> None:
     checkpoint = fit_texts(own_folder)
     write_csv(own_folder / "train.csv", 80)

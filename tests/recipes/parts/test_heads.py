@@ -46,6 +46,7 @@ def test_cosine_head_ignores_the_features_norm() -> None:
     assert head(head.weight[2:3]).max().item() == pytest.approx(10.0)
 
 
+@pytest.mark.slow
 def test_mistakes_get_a_sentence() -> None:
     with pytest.raises(ValueError, match="head 'liner' is not known; expected one of linear, mlp, cosine"):
         build_head("liner", 4, 2)  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ def test_one_convolution_is_patches_and_gives_gradient_times_input() -> None:
     assert heat.shape == (1, 16, 16) and torch.equal(heat[0] > 0, images[0, 0, ::2, ::2] > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v3_small", "vit_b_16", "swin_t", "convnext_tiny"])
 def test_every_family_of_backbones_gives_a_map(name: str) -> None:
     backbone = build_backbone(name).eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ def test_steps_of_several_batches_are_those_of_one_big_batch(name: str, batches:
     close(dict(model.named_parameters()), by_hand(name, windows(batches)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_count_every_sample_once(name: str, batches: int, own_folder: Path) -> None:
@@ -341,26 +342,43 @@ def head_alone(batches: int, schedule: Any) -> tuple[RecipeModule, Dealt]:
     return model, Dealt([batch] * batches)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, bool], Path]:
+    """A folder with the checkpoints of 2 epochs by a schedule, with or without ExactResume; each is trained once."""
+
+    @cache
+    def folder(schedule: Any, exact: bool) -> Path:
+        made = tmp_path_factory.mktemp("begun")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(made)
+            model, data = head_alone(8, schedule)
+            seeds = [ExactResume(seed=0)] if exact else []
+            quiet(max_epochs=2, callbacks=[Used(), *seeds], use_distributed_sampler=False).fit(model, data)
+        return made
+
+    return folder
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:resumed, but not as if never")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("start", ["end", "amid"])
 @pytest.mark.parametrize(("batches", "accumulate"), [(1, 1), (8, 3), (6, 2), (24, 1), (3, 1)])
+@pytest.mark.xdist_group("begun")
 def test_rates_after_a_resume_are_those_of_steps_done_and_steps_left(
-    own_folder: Path, batches: int, accumulate: int, start: str, exact: bool
+    begun: Callable[[Any, bool], Path], batches: int, accumulate: int, start: str, exact: bool
 ) -> None:
     """8 batches an epoch before, of 4 epochs 1 1/4 or 2 are done; then other batches, for the epochs that are left."""
     if start == "amid" and batches < 2:
         pytest.skip("the checkpoint stands beyond the end of the data")
     seeds = [ExactResume(seed=0)] if exact else []
     for schedule in (Linear, Cosine, OneCycle, Step, Polynomial, WarmupStableDecay, Constant):
-        model, data = head_alone(8, schedule)
-        quiet(max_epochs=2, callbacks=[Used(), *seeds], use_distributed_sampler=False).fit(model, data)
         model, data = head_alone(batches, schedule)
         used = Used()
         options: dict[str, Any] = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
         trainer = quiet(callbacks=[used, *seeds], use_distributed_sampler=False, **options)
-        trainer.fit(model, data, ckpt_path=f"{start}.ckpt")
+        trainer.fit(model, data, ckpt_path=begun(schedule, exact) / f"{start}.ckpt")
         done = 16 if start == "end" else 10
         per_epoch = -(-batches // accumulate)
         left = 2 * per_epoch + (0 if start == "end" else per_epoch - 2 // accumulate)
@@ -386,6 +404,7 @@ def test_warmups_and_cycled_momentum_go_on_as_of_the_new_length(own_folder: Path
         assert model.trainer.optimizers[0].param_groups[0]["momentum"] == pytest.approx(0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:resumed, but not as if never")
 def test_two_ranks_go_on_where_one_stopped(own_folder: Path) -> None:
     class Tell(Callback):

@@ -10,6 +10,7 @@ from recipes.vision import main
 from tests.recipes.test_vision import PROBE, QUICK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["none", "standard"])
 def test_features_computed_once_train_the_same_head(augment: str) -> None:
     options = ["--trainer.max_epochs=3", *PROBE, f"--data.augment={augment}", "--test"]

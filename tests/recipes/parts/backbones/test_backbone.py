@@ -18,6 +18,7 @@ def test_other_shapes_than_images_are_refused(shape: tuple[int, ...]) -> None:
         build_backbone("resnet8")(torch.rand(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "branches", "widths"),
     [("inception_v3", ["aux"], (768,)), ("googlenet", ["aux1", "aux2"], (1024, 1024))],

@@ -88,6 +88,7 @@ def called_blocks(backbone: Backbone, batch: Tensor) -> tuple[Any, list[str]]:
     return output, list(order)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_cover_every_tensor_once(name: str) -> None:
     backbone = build_on_meta(name)
@@ -96,6 +97,7 @@ def test_blocks_cover_every_tensor_once(name: str) -> None:
     assert_covered(backbone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.names[0])
 def test_images_become_features_block_by_block(family: Family) -> None:
     backbone = build_on_meta(family.names[0]).eval()
@@ -108,6 +110,7 @@ def test_images_become_features_block_by_block(family: Family) -> None:
     assert order == list(backbone.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -75,6 +75,7 @@ class TestLayouts:
         assert not report.missing
         assert not report.unexpected
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "wrap",
         [
@@ -146,6 +147,7 @@ class TestLayouts:
         load_weights(backbone, saved(old, tmp_path / "old.pth"))
         assert_loaded(backbone, state)
 
+    @pytest.mark.slow
     def test_auxiliary_branches(self, tmp_path: Path) -> None:
         state = whole_net("googlenet", init_weights=True)
         path = saved(state, tmp_path / "googlenet.pth")
@@ -294,6 +296,7 @@ class TestFiles:
             "this package (none)"
         )
 
+    @pytest.mark.slow
     def test_pickles_that_run_code_are_refused_and_can_be_converted(self, backbone: Backbone, tmp_path: Path) -> None:
         folder = tmp_path / "with a blank"
         folder.mkdir()
@@ -430,6 +433,7 @@ class TestTimm:
     def timm(self) -> Any:
         return pytest.importorskip("timm")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
     def test_saved_net_with_its_head(self, tmp_path: Path, timm: Any, name: str) -> None:
         state = timm.create_model(name, num_classes=7).state_dict()
