@@ -26,7 +26,7 @@ def pictures(root: Path, **options: Any) -> ImageFolder:
 
 
 def epoch(data: ImageFolder) -> int:
-    """ImageSource of a validation."""
+    """Images of a validation."""
     return sum(len(data.on_after_batch_transfer(batch, 0)["image"]) for batch in data.val_dataloader())
 
 

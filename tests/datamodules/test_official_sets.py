@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from datamodules import Flowers102, Food101, OxfordPets
-from tests.official_archives import trimap, write_flowers102, write_food101, write_oxford_pets
+from tests.official_archives import write_flowers102, write_food101, write_oxford_pets
 
 WRITERS = {Flowers102: write_flowers102, OxfordPets: write_oxford_pets, Food101: write_food101}
 
@@ -49,25 +47,3 @@ def test_a_tree_that_was_half_unpacked(kind: type, own_folder: Path, monkeypatch
     next(path for path in sorted(own_folder.rglob("*.jpg"), reverse=True)).unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of \d+ files are missing, first .*jpg: remove .*unpacked again"):
         data.setup("fit")
-
-
-def test_flowers_may_train_on_both_halves(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_flowers102(own_folder, monkeypatch)
-    data = Flowers102(own_folder, train_on_val=True, val_share=0.5, image_size=32)
-    data.prepare_data()
-    data.setup("fit")
-    assert len(data.splits["train"].labels) == len(data.splits["val"].labels) == 102
-    assert Flowers102(train_on_val=True).expected_samples == 1836
-    assert Flowers102().expected_samples == 1020
-
-
-def test_pets_have_outlines(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_oxford_pets(own_folder, monkeypatch)
-    data = OxfordPets(own_folder, image_size=32)
-    data.prepare_data()
-    data.setup("fit")
-    for split, index in (("train", 5), ("test", 3)):
-        number = int(Path(data.sample_names(split)(index)).stem[-1])
-        found = data.trimap(split, index)
-        assert found.size == data.splits[split].read(index).size
-        assert found.tobytes() == Image.open(io.BytesIO(trimap(number))).tobytes()

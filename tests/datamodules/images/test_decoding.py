@@ -19,8 +19,7 @@ from torchvision.transforms.v2 import functional as VF
 from datamodules.images.batches import sample_transform
 from datamodules.images.decoding import evaluation_crop, readable_endings
 from datamodules.images.sources import decode
-
-from ..conftest import picture
+from tests.conftest import picture
 
 Array = npt.NDArray[np.uint8]
 RAMP = np.arange(0, 65536, 1024).astype(np.uint16).reshape(8, 8)
@@ -387,3 +386,29 @@ def test_a_strip_takes_little_memory(size: tuple[int, int], strength: Any, monke
     made = transform(Image.new("RGB", size, (10, 20, 30)))
     assert made.shape == (3, 224, 224) and made.dtype == torch.uint8
     assert max(asked, default=0) <= 10 * 224 * 224
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I;16") else "a.png")
+    image = Image.new("I;16", (9, 7), 3000) if mode == "I;16" else picture(0, 9, 7).convert(mode)
+    image.save(path)
+    read = decode(str(path), "a")
+    assert read.mode == "RGB" and read.size == (9, 7)
+
+
+def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    picture(0, 40, 20).save(tmp_path / "a.jpg", exif=exif)
+    assert decode(str(tmp_path / "a.jpg"), "a").size == (20, 40)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    read = np.asarray(decode(str(tmp_path / "a.png"), "a"))[..., 0]
+    assert read[0, 0] == 0 and read[-1, -1] == 255 and len(np.unique(read)) > 200
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match="floating point"):
+        decode(str(tmp_path / "b.tif"), "b")

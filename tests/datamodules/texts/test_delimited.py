@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -126,56 +125,6 @@ def test_quotes_in_a_tsv_that_are_part_of_texts_stay(own_folder: Path) -> None:
     assert [train.text(row) for row in range(4)] == texts
 
 
-@pytest.mark.parametrize("declared", ["utf-8", "UTF-8", "utf8", "utf_8_sig", "latin-1"])
-def test_a_byte_order_mark_is_no_part_of_a_column(own_folder: Path, declared: str) -> None:
-    Path("a.csv").write_bytes(b"\xef\xbb\xbf" + "text,label\ncafé,x\n".encode())
-    assert TextFiles("a.csv", encoding=declared).read_splits()["train"].text(0) == "café"
-
-
-@pytest.mark.parametrize("written", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("declared", [True, False])
-def test_wide_encodings(own_folder: Path, written: str, declared: bool) -> None:
-    Path("a.csv").write_bytes("text,label\ndéjà vu,x\n".encode(written))
-    data = TextFiles("a.csv", encoding=written if declared else "utf-8")
-    if not declared and written[-2:] in ("le", "be"):
-        with pytest.raises(ValueError, match=r"a.csv has zero bytes: is it UTF-16\? Then data.encoding must be utf-16"):
-            data.read_splits()
-    else:
-        assert data.read_splits()["train"].text(0) == "déjà vu"
-
-
-def test_encodings_that_are_none_or_not_the_files(own_folder: Path) -> None:
-    Path("a.csv").write_bytes("text,label\nfine,x\n".encode("utf-16") + b"\x00")
-    with pytest.raises(ValueError, match="a.csv is not in the encoding that data.encoding names"):
-        TextFiles("a.csv").read_splits()
-    with pytest.raises(ValueError, match="data.encoding: 'utf-9' is not known"):
-        TextFiles("a.csv", encoding="utf-9").read_splits()
-
-
-@pytest.mark.parametrize("mark", [";", "\t", "|"])
-def test_another_separator_is_named_and_can_be_set(own_folder: Path, mark: str) -> None:
-    Path("a.csv").write_text(f"text{mark}label\nfine, really{mark}x\n")
-    with pytest.raises(ValueError, match="no column 'text', but .*: set data.separator to"):
-        TextFiles("a.csv").read_splits()
-    assert TextFiles("a.csv", separator=mark).read_splits()["train"].text(0) == "fine, really"
-
-
-def test_one_json_line_without_a_label_is_one_row(own_folder: Path) -> None:
-    rows: list[Any] = [{"text": "a"}, {"text": "b", "label": "x"}, {"label": "x", "text": "c"}]
-    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="a.jsonl, line 1: there is no label"):
-        TextFiles("a.jsonl").read_splits()
-    train = TextFiles("a.jsonl", on_error="skip").read_splits()["train"]
-    assert [train.text(row) for row in range(2)] == ["b", "c"] and train.skipped == 1
-    with pytest.raises(ValueError, match="no column 'lable', but 'text', 'label'; did you mean 'label'"):
-        TextFiles("a.jsonl", label_column="lable", on_error="skip").read_splits()
-
-
-def test_a_label_with_two_minus_signs_is_a_word(own_folder: Path) -> None:
-    Path("a.csv").write_text("text,label\na,--1\nb,-1\n")
-    assert TextFiles("a.csv").class_names == ["-1", "--1"]
-
-
 def test_a_header_that_is_broken_is_a_sentence(own_folder: Path) -> None:
     Path("a.csv").write_text('"text,label\na,x\n')
     with pytest.raises(ValueError, match="a.csv: the header is not CSV"):
@@ -226,36 +175,8 @@ def test_a_text_to_predict_is_whole_though_its_lines_look_like_rows(
     assert "new.csv, line 6: a field goes on for 9 lines that look like rows" in caplog.text
 
 
-def test_a_file_is_read_by_its_ending_though_another_was_read_before(own_folder: Path) -> None:
-    content = 'text\nfoo bar\n"quoted"\n\nlast\n'
-    read = {}
-    for ending in ("csv", "txt"):
-        Path(f"one.{ending}").write_text(content)
-        texts = TextFiles(predict_file=f"one.{ending}", class_names=["x", "y"]).read_splits()["predict"]
-        read[ending] = [texts.text(row) for row in range(len(texts))]
-    assert read == {"csv": ["foo bar", "quoted", "last"], "txt": ["text", "foo bar", '"quoted"', "last"]}
-
-
 def test_quotes_far_down_in_a_tsv_are_seen(own_folder: Path) -> None:
     rows = [(f"plain {n}", "good") for n in range(1500)] + [('he said "no"', "bad")]
     pandas.DataFrame(rows, columns=["text", "label"]).to_csv("a.tsv", sep="\t", index=False)
     train = TextFiles("a.tsv").read_splits()["train"]
     assert train.text(1500) == 'he said "no"'
-
-
-def test_a_column_that_is_there_twice(own_folder: Path) -> None:
-    Path("a.csv").write_text("text,label,label\na,x,y\n")
-    with pytest.raises(ValueError, match="a.csv has several columns 'label'"):
-        TextFiles("a.csv").read_splits()
-
-
-def test_a_file_that_two_patterns_mean_is_read_once(own_folder: Path) -> None:
-    Path("m1.csv").write_text("text,label\na,x\nb,y\n")
-    assert len(TextFiles(["m1.csv", "m*.csv"]).read_splits()["train"]) == 2
-
-
-@pytest.mark.parametrize("score", ["1e39", "1_000", "inf", "nan"])
-def test_scores_that_are_none(own_folder: Path, score: str) -> None:
-    Path("a.csv").write_text(f"text,label\na,1.5\nb,{score}\n")
-    with pytest.raises(ValueError, match="line 3: the score is"):
-        TextFiles("a.csv", problem_type="regression").read_splits()

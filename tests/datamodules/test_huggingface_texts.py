@@ -60,8 +60,3 @@ def test_what_is_wrong_is_named_with_its_row(own_folder: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features).to_parquet(str(path))
     with pytest.raises(ValueError, match="row 0: label '-1' is not among the classes"):
         HuggingFaceTexts("parquet", data_files={"train": str(path)}).read_splits()
-
-
-def test_what_the_hub_does_not_have_is_a_sentence() -> None:
-    with pytest.raises(FileNotFoundError, match="no data set nobody/nothing: expected a name on the hub"):
-        HuggingFaceTexts("nobody/nothing").read_splits()

@@ -57,7 +57,7 @@ def sign(seed: int) -> Image.Image:
 
 
 class Held:
-    """ImageSource as they are."""
+    """Images as they are."""
 
     def __init__(self, images: list[Image.Image]) -> None:
         self.images, self.labels = images, torch.zeros(len(images), dtype=torch.long)

@@ -1,3 +1,5 @@
+"""Augmentation of whole batches: a decision of its own for every image, and the formulas of the papers."""
+
 from __future__ import annotations
 
 import pytest

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules import ImageFolder
 from datamodules.files import index as file_index
 from datamodules.files.index import MappedPaths, list_files, list_tree
 from datamodules.images.sources import ImageFiles
-from tests.conftest import write_folder
 
 SUFFIXES = (".jpg", ".png")
 
@@ -139,24 +137,3 @@ def test_few_files_leave_no_note(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = notes()
     list_files(tree, SUFFIXES)
     assert notes() == before
-
-
-def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one name begins another, from the list and from the note."""
-    monkeypatch.setattr(file_index, "MANY", 5)
-    root = write_folder(tmp_path / "images", splits=(), classes=3, each=4)
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    for folder, name in zip(folders, ("ant", "ant-eater", "ant.2"), strict=True):
-        folder.rename(root / name)
-    (root / "ant0.jpg").write_bytes(next((root / "ant").iterdir()).read_bytes())
-    found = []
-    for _ in range(2):
-        data = ImageFolder(root, image_size=32, val_share=0.25, test_share=0.25)
-        data.setup("fit")
-        for split in ("train", "val", "test"):
-            pictures = data.splits[split]
-            names = [Path(pictures.name(index)) for index in range(len(pictures.labels))]
-            assert [data.class_names[label] for label in pictures.labels] == [name.parent.name for name in names]
-            found.append(names)
-    assert found[:3] == found[3:]
-    assert sum(map(len, found[:3])) == 12, "a stray image belongs to no class"
