@@ -179,13 +179,19 @@ class Report(Callback):
             self._output = output[:, None] if output.ndim == 1 else output
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
         known = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
         found = find_outputs(outputs, batch, self._output, known)
         self._output = None
-        if found is not None and not trainer.sanity_checking and loader == 0:
+        if found is not None and not trainer.sanity_checking and dataloader_idx == 0:
             self._parts.append(found)
 
     on_test_batch_end = on_validation_batch_end

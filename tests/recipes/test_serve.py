@@ -297,21 +297,6 @@ def test_a_port_that_is_taken_is_a_sentence_before_anything_is_loaded(capsys: py
     check_free("127.0.0.1", port)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "words"),
-    [
-        pytest.param(
-            "pictures",
-            "vision, 3 classes: a, b, c\n\n    curl --data-binary @picture.jpg {}/predict",
-            marks=pytest.mark.xdist_group("pictures"),
-        ),
-        pytest.param(
-            "texts",
-            "text, 3 classes: a, b, c\n\n    curl -H 'Content-Type: application/json' -d '{{\"text\": \"...\"}}' {}/",
-            marks=pytest.mark.xdist_group("texts"),
-        ),
-    ],
-)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "words"),
