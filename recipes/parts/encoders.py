@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .spelling import some
+
 log = logging.getLogger(__name__)
 
 Pooling: TypeAlias = Literal["model", "cls", "mean"]
@@ -286,7 +288,7 @@ def _load(kind: Any, name: str, config: Any) -> Any:
         )
     log.info(
         "%s: %d tensors loaded; new: %s; left out: %s",
-        *(name, len(model.state_dict()) - len(new), _some(new), _some(sorted(report["unexpected_keys"]))),
+        *(name, len(model.state_dict()) - len(new), some(new), some(sorted(report["unexpected_keys"]))),
     )
     return model
 
@@ -335,7 +337,3 @@ def _missing(name: str, error: Exception) -> str:
         f"no encoder {name!r}: expected a folder with config.json and model.safetensors, or a name on the hub that can "
         f"be reached ({reason})"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"

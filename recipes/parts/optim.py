@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Muon, Optimizer, RMSprop, SparseAdam
 
 from .muon import MuonWithAdamW
-from .param_groups import ParamGroup, _some
+from .param_groups import ParamGroup, describe, param_groups, table
+from .spelling import some
+
+__all__ = ["MuonWithAdamW", "build_optimizer", "describe", "param_groups", "reassert", "snapshot", "table"]
 
 
 def build_optimizer(
@@ -143,7 +146,7 @@ def _refuse_dense(groups: Sequence[ParamGroup]) -> None:
     ]
     if dense:
         raise ValueError(
-            f"SparseAdam takes sparse gradients only; {_some(dense)} would have dense ones: set sparse=True on the "
+            f"SparseAdam takes sparse gradients only; {some(dense)} would have dense ones: set sparse=True on the "
             "embeddings and freeze the rest, or take Adam"
         )
 

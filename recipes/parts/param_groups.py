@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 
-from .spelling import did_you_mean
+from .spelling import did_you_mean, some
 
 ParamGroup: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["weight", "vector", "table"]
@@ -185,14 +185,14 @@ def _homes(
                 if inside and index_of.setdefault(name, index) != index:
                     twice.append(name)
     if twice:
-        raise ValueError(f"parameters in two layer groups: {_some(twice)}; make the groups' paths disjoint")
+        raise ValueError(f"parameters in two layer groups: {some(twice)}; make the groups' paths disjoint")
     homes: dict[nn.Parameter, tuple[int, str]] = {}
     for name, _, parameter in places:
         if name in index_of and (parameter not in homes or index_of[name] < homes[parameter][0]):
             homes[parameter] = index_of[name], name
     lost = [name for name, _, parameter in places if parameter not in homes]
     if lost:
-        raise ValueError(f"parameters in no layer group: {_some(lost)}; add their paths to a layer group")
+        raise ValueError(f"parameters in no layer group: {some(lost)}; add their paths to a layer group")
     return homes
 
 
@@ -217,7 +217,3 @@ def _multipliers(
         if scale <= 0:
             raise ValueError(f"lr_multipliers: {pattern!r} must be above 0; received {scale:g}; freeze it instead")
     return scales
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,8 +1,8 @@
-"""The nearest known name to one that was typed."""
+"""How names are listed and corrected in messages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
 
 
@@ -25,3 +25,8 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
     nearest = max(known, key=likeness, default="")
     return nearest if likeness(nearest) > 0.6 else None
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -61,8 +61,8 @@ def test_pictures_in_every_form(own_folder: Path, net: str, capsys: pytest.Captu
     checkpoint = fit_pictures(own_folder, *NETS[net])
     restored = restore(checkpoint)
     assert restored.logits(random_images(32, restored.image_size)).std(0).max() > 0.2, "they differ"
-    picture(7, 130, 90).save("picture.jpg")
-    image = pixels("picture.jpg", "it", restored.image_size)[None].float() / 255
+    picture(7, 130, 90).save("image.jpg")
+    image = pixels("image.jpg", "it", restored.image_size)[None].float() / 255
     expected = restored.logits(image)
     for form in PICTURE_FORMS if net not in IN_RESNET8 else ["safetensors"]:
         folder = export(checkpoint, form)
@@ -74,7 +74,7 @@ def test_pictures_in_every_form(own_folder: Path, net: str, capsys: pytest.Captu
             found["check"]["agreement"] == 1 and found["check"]["largest_difference"] < found["check"]["tolerance"] / 2
         )
         assert "of the run's validation split, logits differ" in capsys.readouterr().out
-        (folder / "picture.jpg").write_bytes(Path("picture.jpg").read_bytes())
+        (folder / "image.jpg").write_bytes(Path("image.jpg").read_bytes())
         if net == "resnet8" or form == ("onnx" if net == "mobilenet" else "safetensors"):  # a process takes seconds
             logits, labels = as_a_stranger(folder, form)
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

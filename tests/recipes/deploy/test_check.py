@@ -20,7 +20,7 @@ def test_lines_that_read_otherwise_are_refused(checkpoint: Path, fault: str, mon
     old, new = {
         "0 is white": ("255 - grey if inverted else grey", "grey"),
         "16 bits": ("* 255 // most", ""),
-        "transparent": ("picture.has_transparency_data", "False"),
+        "transparent": ("image.has_transparency_data", "False"),
         "turned": ("if turn in TURNS", "if False"),
         "broken": ("import numpy as np", "import numpi as np"),
     }[fault]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.parts.spelling import did_you_mean, nearest_name
+from recipes.parts.spelling import did_you_mean, nearest_name, some
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,8 @@ def test_of_names_as_near_the_first_is_meant() -> None:
     assert nearest_name("RESNET18", ["resnet18", "resnet50"]) == "resnet18"
     assert nearest_name("alexandria", ["resnet18"]) is None
     assert nearest_name("anything", []) is None
+
+
+def test_of_many_names_five_are_listed() -> None:
+    assert some(["a", "b"]) == "a, b"
+    assert some(list("abcdefg")) == "a, b, c, d, e and 2 more"
