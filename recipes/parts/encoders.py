@@ -288,7 +288,12 @@ def _load(kind: Any, name: str, config: Any) -> Any:
         )
     log.info(
         "%s: %d tensors loaded; new: %s; left out: %s",
-        *(name, len(model.state_dict()) - len(new), some(new), some(sorted(report["unexpected_keys"]))),
+        *(
+            name,
+            len(model.state_dict()) - len(new),
+            some(new) or "nothing",
+            some(sorted(report["unexpected_keys"])) or "nothing",
+        ),
     )
     return model
 
