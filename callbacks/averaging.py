@@ -164,7 +164,7 @@ class _Averaging(Callback):
         self.swap_in()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Raw weights back, also for a checkpoint that is written now."""
+        """Raw weights back, also for a checkpoint that is saved now."""
         if self.fitting:
             self.swap_out()
 
@@ -300,7 +300,7 @@ class EMA(_Averaging):
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Raw weights back, also for a checkpoint that is written now."""
+        """Raw weights back, also for a checkpoint that is saved now."""
         self._remove_hooks()
         super().on_exception(trainer, pl_module, exception)
 

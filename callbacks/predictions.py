@@ -152,7 +152,8 @@ class PredictionWriter(Callback):
     def _check_weights(self, model: LightningModule) -> None:
         """On each rank, once they are loaded: none may add to predictions of other weights."""
         self.weights = digest_of_weights(model)
-        if any(head.get("weights", self.weights) != self.weights for head in map(head_of, self.parts.glob(PARTS))):
+        heads = (next(whole_lines(part), {}) for part in self.parts.glob(PARTS))  # none, if it was cut off
+        if any(head.get("weights", self.weights) != self.weights for head in heads):
             raise ValueError(refusal(self.parts, "with another checkpoint"))
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -231,7 +232,9 @@ def claim(folder: Path, made_of: Mapping[str, Any]) -> str:
     except (FileNotFoundError, ValueError):  # none, or one whose removal was interrupted
         remove_parts(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(note, json.dumps(made_of, indent=1))
+        new = folder / f"{NOTE}.new"
+        new.write_text(json.dumps(made_of, indent=1), encoding="utf-8")
+        new.replace(note)
         return ""
     now = json.loads(json.dumps(made_of))
     other = next((key for key in {**now, **before} if now.get(key) != before.get(key)), None)
@@ -249,13 +252,6 @@ def refusal(folder: Path, made: str) -> str:
     )
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def remove_parts(folder: Path) -> None:
     """Remove a folder of parts, the note first: without it the others are ignored."""
     for path in (folder / NOTE, *folder.glob(PARTS), *folder.glob("*.new")):
@@ -267,11 +263,6 @@ def remove_parts(folder: Path) -> None:
 def records(part: Path) -> Iterator[dict[str, Any]]:
     """The batches of a part."""
     return (line for line in whole_lines(part) if "batch" in line)
-
-
-def head_of(part: Path) -> dict[str, Any]:
-    """A part's first line, with the digest of the weights; empty if it was cut off."""
-    return next(whole_lines(part), {})
 
 
 def whole_lines(part: Path) -> Iterator[dict[str, Any]]:

@@ -71,7 +71,7 @@ class EWC(Callback):
         task: Name of the task for the file and the log.
         seed: Of the subset and all draws.
 
-    Raises, before the first step where it can:
+    Raises:
         ValueError: A Fisher that is zero everywhere, not finite or of other parameters; a pattern without a match.
         TypeError: Logits or data that cannot be found.
         RuntimeError: FSDP and DeepSpeed, which split parameters.
@@ -137,7 +137,7 @@ class EWC(Callback):
             return
         if is_kind(trainer.strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
             name = type(trainer.strategy).__name__
-            raise RuntimeError(f"EWC needs whole parameters, and {name} splits them; take ddp or one device")
+            raise RuntimeError(f"EWC needs whole parameters, and {name} splits them; use ddp or one device")
         self.active = self._penalty = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,11 +42,6 @@ def class_scores(confusion: Tensor) -> ClassScores:
     return ClassScores(correct / predicted.clamp(min=1), correct / support.clamp(min=1), f1, support)
 
 
-def accuracy(confusion: Tensor) -> Tensor:
-    """The share of samples on the diagonal; `(..., classes, classes)` gives `(...)`."""
-    return confusion.diagonal(dim1=-2, dim2=-1).sum(-1).double() / confusion.sum((-2, -1))
-
-
 def macro_f1(confusion: Tensor) -> Tensor:
     """The mean F1 of the classes that occur or were predicted; `(..., classes, classes)` gives `(...)`."""
     scores = class_scores(confusion)
@@ -54,12 +49,12 @@ def macro_f1(confusion: Tensor) -> Tensor:
     return scores.f1.sum(-1) / present.sum(-1).clamp(min=1)
 
 
-def worst_pairs(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:
-    """True class, predicted class and count of the most frequent confusions."""
+def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
+    """True class, predicted class and count of the ten most frequent confusions."""
     wrong = confusion.clone().fill_diagonal_(0)
     counts, cells = wrong.flatten().sort(descending=True, stable=True)
     width = len(confusion)
-    chosen = zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
+    chosen = zip(cells[:10].tolist(), counts[:10].tolist(), strict=True)
     return [(cell // width, cell % width, count) for cell, count in chosen if count]
 
 
@@ -165,7 +160,7 @@ def evaluation(logits: Tensor, labels: Tensor, *, held_out: tuple[Tensor, Tensor
     out: dict[str, Any] = {
         "samples": len(labels),
         "loss": float(loss),
-        "accuracy": {"value": float(accuracy(confusion)), "interval": wilson(correct_count, len(labels))},
+        "accuracy": {"value": correct_count / len(labels), "interval": wilson(correct_count, len(labels))},
         "f1": {"value": float(macro_f1(confusion)), "interval": f1_interval(labels, predicted, classes)},
         "majority": {"class": majority, "accuracy": int(scores.support[majority]) / len(labels)},
         "classes": {name: values.tolist() for name, values in scores._asdict().items()},
@@ -241,32 +236,35 @@ def label_counts(predicted: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([predicted & labels, predicted & ~labels, ~predicted & labels]).double()
 
 
-def label_f1(counts: Tensor, *, micro: bool) -> Tensor:
-    """F1 of all labels at once, or the mean of those that occur or were predicted; of counts `(..., 3, labels)`."""
-    right, wrong, missed = (counts.sum(-1, keepdim=True) if micro else counts).unbind(-2)
-    size = 2 * right + wrong + missed
-    return (2 * right / size.clamp(min=1)).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+def pooled(counts: Tensor) -> Tensor:
+    """Counts as if of one label: their macro F1 is micro F1."""
+    return counts.sum(-1, keepdim=True)
 
 
-def label_f1_with_interval(counts: Tensor, *, micro: bool) -> dict[str, Any]:
-    """F1 and its interval; counts as `label_counts` gives them."""
-    total = counts.sum(1)
-    right, wrong, missed = (counts.sum(2, keepdim=True) if micro else counts).unbind(0)
-    size = (2 * right + wrong + missed).sum(0).clamp(min=1)
-    share = 2 * right.sum(0) / size
-    influence = ((2 * right - share * (2 * right + wrong + missed)) / size).sum(1)
-    influence = influence / (1 if micro else int((total.sum(0) > 0).sum()))
-    value, drawn = float(label_f1(total, micro=micro)), bootstrap(drawn_label_f1(counts, micro=micro), counts.shape[1])
+def label_f1(counts: Tensor) -> Tensor:
+    """The mean F1 of the labels that occur or were predicted; of counts `(..., 3, labels)`."""
+    tp, fp, fn = counts.unbind(-2)
+    size = 2 * tp + fp + fn
+    return (2 * tp / size.clamp(min=1)).sum(-1) / (size > 0).sum(-1).clamp(min=1)
+
+
+def label_f1_with_interval(counts: Tensor) -> dict[str, Any]:
+    """F1 and its interval; counts as of `label_counts`."""
+    tp, fp, fn = counts.unbind(0)
+    size = (2 * tp + fp + fn).sum(0)
+    f1 = 2 * tp.sum(0) / size.clamp(min=1)
+    influence = ((2 * tp - f1 * (2 * tp + fp + fn)) / size.clamp(min=1)).sum(1) / max(1, int((size > 0).sum()))
+    value, drawn = float(label_f1(counts.sum(1))), bootstrap(drawn_label_f1(counts), counts.shape[1])
     return {"value": value, "interval": within_bounds(drawn, value, influence)}
 
 
-def drawn_label_f1(counts: Tensor, *, micro: bool) -> Statistic:
-    """F1 over samples that are drawn; counts as `label_counts` gives them."""
+def drawn_label_f1(counts: Tensor) -> Statistic:
+    """F1 over samples that are drawn; counts as of `label_counts`."""
     by_sample = counts.permute(1, 0, 2).flatten(1)  # (n, 3 * labels)
 
     def statistic(rows: Tensor) -> Tensor:
         weights = torch.stack([torch.bincount(some, minlength=len(by_sample)) for some in rows]).double()
-        return label_f1((weights @ by_sample).view(len(rows), 3, -1), micro=micro)
+        return label_f1((weights @ by_sample).view(len(rows), 3, -1))
 
     return statistic
 
@@ -291,7 +289,7 @@ def label_evaluation(
     """
     probabilities, truth = logits.double().sigmoid(), labels > 0.5
     counts = label_counts(probabilities > 0.5, truth)
-    right, wrong, missed = counts.sum(1)
+    tp, fp, fn = counts.sum(1)
     whole = int((counts[1:].sum((0, 2)) == 0).sum())
     curves = threshold_curves(probabilities, truth)
     chosen_on = curves if held_out is None else threshold_curves(held_out[0].double().sigmoid(), held_out[1] > 0.5)
@@ -300,16 +298,16 @@ def label_evaluation(
     return {
         "samples": len(labels),
         "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double())),
-        "f1": label_f1_with_interval(counts, micro=True),
-        "f1_macro": label_f1_with_interval(counts, micro=False),
+        "f1": label_f1_with_interval(pooled(counts)),
+        "f1_macro": label_f1_with_interval(counts),
         "all_right": {"value": whole / len(labels), "interval": wilson(whole, len(labels))},
         "constant": best_constant(truth),
         "labels": {
-            "precision": (right / (right + wrong).clamp(min=1)).tolist(),
-            "recall": (right / (right + missed).clamp(min=1)).tolist(),
-            "f1": (2 * right / (2 * right + wrong + missed).clamp(min=1)).tolist(),
-            "support": (right + missed).long().tolist(),
-            "said": (right + wrong).long().tolist(),
+            "precision": (tp / (tp + fp).clamp(min=1)).tolist(),
+            "recall": (tp / (tp + fn).clamp(min=1)).tolist(),
+            "f1": (2 * tp / (2 * tp + fp + fn).clamp(min=1)).tolist(),
+            "support": (tp + fn).long().tolist(),
+            "said": (tp + fp).long().tolist(),
             "threshold": [THRESHOLDS[place] for place in best.tolist()],
             "f1_at_threshold": curves.gather(0, best[None])[0].tolist(),
         },

@@ -66,7 +66,8 @@ def curves(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
             made, axes = figure()
             title, words = draw(axes, reports)
             if title:
-                mark_phases(axes, reports)
+                for phase in reports[0]["phases"][1:] if len(reports) == 1 else ():
+                    axes.axvline(phase["step"], color=INK, linewidth=0.6, alpha=0.5)
                 axes.set_xlabel("optimiser step")
                 plain_ticks(axes.xaxis)
                 axes.xaxis.get_major_locator().set_params(integer=True)
@@ -182,16 +183,9 @@ def trains(found: Sequence[Mapping[str, Any]], name: str, step: int) -> bool:
     return bool(current) and name in current[-1]["open"]
 
 
-def mark_phases(axes: Any, reports: Sequence[Mapping[str, Any]]) -> None:
-    """A line where blocks opened."""
-    if len(reports) == 1:
-        for phase in reports[0]["phases"][1:]:
-            axes.axvline(phase["step"], color=INK, linewidth=0.6, alpha=0.5)
-
-
-def smoothed(values: Sequence[float], span: int = 10) -> list[float]:
-    """An exponential moving average with bias correction."""
-    keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
+def smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential moving average over a span of 10, with bias correction."""
+    keep, total, weight, out = 1 - 2 / 11, 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         out.append(total / weight)
@@ -240,31 +234,20 @@ def reliability_figure(report: Mapping[str, Any]) -> Any:
         columns = zip(found["confidence"], found["accuracy"], found["counts"], strict=True)
         filled = [(x, y) for x, y, count in columns if count]
         axes.plot([x for x, _ in filled], [y for _, y in filled], "-o", color=HUES[0], markersize=4)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="probability of the answer", ylabel="share that is right")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     return made
 
 
-def scatter_figure(report: Mapping[str, Any]) -> Any:
-    """Predicted scores against true ones; on the dotted line the two are equal."""
+def score_figure(report: Mapping[str, Any], *, errors: bool = False) -> Any:
+    """Predicted scores, or their errors, over the true ones; on the dotted line there is no error."""
     labels, predicted = zip(*report["scores"]["points"], strict=True)
+    shown = [score - true for score, true in zip(predicted, labels, strict=True)] if errors else predicted
     with inked():
         made, axes = figure(4.3, 3.4)
-        axes.axline((labels[0], labels[0]), slope=1, color=INK, linewidth=0.7, linestyle=":")
-        axes.plot(labels, predicted, "o", color=HUES[0], markersize=3, alpha=0.5, markeredgewidth=0)
-        axes.set(xlabel="true score", ylabel="predicted score")
-        plain_ticks(axes.xaxis, axes.yaxis)
-    return made
-
-
-def residual_figure(report: Mapping[str, Any]) -> Any:
-    """Errors of the predicted scores, over the true ones."""
-    labels, predicted = zip(*report["scores"]["points"], strict=True)
-    with inked():
-        made, axes = figure(4.3, 3.4)
-        axes.axhline(0, color=INK, linewidth=0.7, linestyle=":")
-        errors = [score - true for score, true in zip(predicted, labels, strict=True)]
-        axes.plot(labels, errors, "o", color=HUES[1], markersize=3, alpha=0.5, markeredgewidth=0)
-        axes.set(xlabel="true score", ylabel="error")
+        start = 0.0 if errors else labels[0]
+        axes.axline((labels[0], start), slope=0 if errors else 1, color=INK, linewidth=0.7, linestyle=":")
+        axes.plot(labels, shown, "o", color=HUES[int(errors)], markersize=3, alpha=0.5, markeredgewidth=0)
+        axes.set(xlabel="true score", ylabel="error" if errors else "predicted score")
         plain_ticks(axes.xaxis, axes.yaxis)
     return made
 
@@ -290,15 +273,14 @@ def threshold_figure(report: Mapping[str, Any]) -> Any:
     return made
 
 
-def as_uri(image: Tensor, weights: Tensor | None = None, side: int = 128) -> str:
+def as_uri(image: Tensor, weights: Tensor | None = None) -> str:
     """An image `(channels, height, width)` in [0, 1] as a JPEG data URI; with weights, a heat map over its grey."""
     import matplotlib
     import matplotlib.image
 
     image = image.detach().float().cpu().clamp(0, 1)[:3]  # of more channels the first three
     image = image[:1] if len(image) == 2 else image
-    if max(image.shape[1:]) > side:
-        scale = side / max(image.shape[1:])
+    if (scale := 128 / max(image.shape[1:])) < 1:
         image = nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
     pixels = image.expand(3, -1, -1).permute(1, 2, 0)
     if weights is not None:

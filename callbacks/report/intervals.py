@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 1_000_000  # rows of a bootstrap in memory
+TAILS = (0.025, 0.975)  # ends of an interval that holds 95 %
 Statistic: TypeAlias = Callable[[Tensor], Tensor]  # of rows, `(some, n)`, the values, `(some,)`
 
 
-def wilson(right: float, size: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927); of 0 and 1 the exact one (Clopper & Pearson 1934).
+def wilson(count: float, size: float) -> tuple[float, float]:
+    """95% score interval of a share (Wilson 1927); of 0 and 1 the exact one (Clopper & Pearson 1934).
 
     Its exact coverage at 0.95 lies within 0.944 and 0.974 for shares of 0.5, 0.9 and 0.99 of 30, 200 and 2,000 samples;
     of the intervals in use (Jeffreys, Agresti-Coull, Clopper-Pearson, mid-p) none stays as near to 0.95.
     """
-    if not 0 < right < size:
-        bound = ((1 - level) / 2) ** (1 / size)
-        return (bound, 1.0) if right else (0.0, 1 - bound)
-    z, share = NormalDist().inv_cdf((1 + level) / 2), right / size
+    if not 0 < count < size:
+        bound = TAILS[0] ** (1 / size)
+        return (bound, 1.0) if count else (0.0, 1 - bound)
+    z, share = NormalDist().inv_cdf(TAILS[1]), count / size
     middle, half = share + z * z / (2 * size), z * math.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
     return (middle - half) / (1 + z * z / size), (middle + half) / (1 + z * z / size)
 
@@ -42,15 +43,14 @@ def bootstrap(statistic: Statistic, size: int, *, draws: int = 1000, seed: int =
     return torch.cat([statistic(torch.randint(size, shape, generator=generator)).double() for shape in shapes])
 
 
-def bca(drawn: Tensor, value: float, influence: Tensor | None, level: float = 0.95) -> tuple[float, float] | None:
-    """Bias-corrected, accelerated interval (Efron 1987): near a bound it is as lopsided as the draws are.
+def bca(drawn: Tensor, value: float, influence: Tensor | None) -> tuple[float, float] | None:
+    """Bias-corrected, accelerated 95% interval (Efron 1987): near a bound it is as lopsided as the draws are.
 
     Args:
         drawn: The statistic of each draw, `(draws,)`.
         value: The statistic itself.
         influence: How far each sample moves it, up to a factor, `(n,)`; if none does, the result is None. If not
             given, the interval is corrected for bias alone.
-        level: Coverage.
     """
     drawn, acceleration = drawn[drawn.isfinite()], 0.0
     if influence is not None:
@@ -65,7 +65,7 @@ def bca(drawn: Tensor, value: float, influence: Tensor | None, level: float = 0.
     normal, least = NormalDist(), 0.5 / len(drawn)
     bias = normal.inv_cdf(min(max(below, least), 1 - least))
     marks = []
-    for share in ((1 - level) / 2, (1 + level) / 2):
+    for share in TAILS:
         moved = bias + normal.inv_cdf(share)
         marks.append(normal.cdf(bias + moved / (1 - acceleration * moved)))
     low, high = drawn.quantile(torch.tensor(marks, dtype=torch.double)).tolist()

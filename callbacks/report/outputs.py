@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LABELS = ("label", "labels", "target", "targets", "y")  # keys of an output or a batch under which labels are looked for
+LABELS = ("label", "labels", "target", "targets", "y")  # keys of labels in an output or a batch
 
 Outputs: TypeAlias = tuple[Tensor, Tensor, Tensor]  # logits, labels and rows of `Predictions`
 

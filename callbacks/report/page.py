@@ -45,8 +45,7 @@ from .figures import (
     metric_named,
     number,
     reliability_figure,
-    residual_figure,
-    scatter_figure,
+    score_figure,
     svg,
     threshold_figure,
     values_of,
@@ -66,8 +65,8 @@ def render(report: Mapping[str, Any]) -> str:
         label_rows=label_rows(report),
         thresholds=svg(threshold_figure(report)) if report.get("labels") else None,
         scores=report.get("scores"),
-        scatter=svg(scatter_figure(report)) if report.get("scores") else None,
-        residuals=svg(residual_figure(report)) if report.get("scores") else None,
+        scatter=svg(score_figure(report)) if report.get("scores") else None,
+        residuals=svg(score_figure(report, errors=True)) if report.get("scores") else None,
         pairs=pairs(report),
         phases=phases(report),
     )
@@ -105,13 +104,13 @@ def verdict(report: Mapping[str, Any]) -> str:
         metrics = ", ".join(f"{name.split('/', 1)[-1]} {number(value)}" for name, value in report["metrics"].items())
         return f"{metrics}." if metrics else "Nothing was evaluated."
     low, high = found["accuracy"]["interval"]
-    reached = f"{found['accuracy']['value']:.1%} of {found['samples']:,} {split} samples are right"
+    reached = f"{found['accuracy']['value']:.1%} of {found['samples']:,} {split} samples are classified correctly"
     most = report["class_names"][found["majority"]["class"]]
     base = found["majority"]["accuracy"]
-    text = f"{reached} (95% interval {low:.1%} to {high:.1%}); always saying “{most}” would find {base:.1%}"
+    text = f"{reached} (95% interval {low:.1%} to {high:.1%}); always predicting “{most}” would reach {base:.1%}"
     start = report["start"]
     if start:
-        text += f", the nearest class centre on the features of before the fit {start['accuracy']:.1%}"
+        text += f", the nearest class centre on the features before the fit {start['accuracy']:.1%}"
         text += f" (of {start['samples']:,} samples)" if start["samples"] < found["samples"] else ""
     text += "."
     if high < base:
@@ -130,7 +129,7 @@ def verdict_on_scores(found: Mapping[str, Any], split: str) -> str:
     constant, error, rank = found["constant"], found["mae"], found["spearman"]
     whose = "training scores" if constant["of"] == "training" else f"{split} scores themselves"
     text = f"Scores are off by {number(error['value'])} on average{within(error)}, over {found['samples']:,} {split} "
-    text += f"samples; always saying {number(constant['value'])}, the mean of the {whose}, would be off by "
+    text += f"samples; always predicting {number(constant['value'])}, the mean of the {whose}, would be off by "
     text += f"{number(constant['mae'])}."
     low, high = error["interval"] or (error["value"], error["value"])
     if low > constant["mae"]:
@@ -138,7 +137,7 @@ def verdict_on_scores(found: Mapping[str, Any], split: str) -> str:
     elif high >= constant["mae"]:
         text += " That is not reliably better than the mean."
     if rank is None:
-        text += " One of the two, scores or answers, is always the same: there is no correlation."
+        text += " Scores or predictions are all the same: there is no correlation."
     else:
         text += f" Spearman's rank correlation is {number(rank['value'])}{within(rank)}; the mean's is 0."
     return text
@@ -148,15 +147,15 @@ def verdict_on_labels(found: Mapping[str, Any], class_names: Sequence[str], spli
     """F1 over all labels, against the same labels for every sample."""
     f1, whole, constant = found["f1"], found["all_right"], found["constant"]
     names = [class_names[place] for place in constant["labels"]]
-    said = f"“{names[0]}”" if len(names) == 1 else f"the {len(names)} most frequent"
+    same = f"“{names[0]}”" if len(names) == 1 else f"the {len(names)} most frequent"
     text = f"F1 over all labels is {number(f1['value'])}{within(f1)}, of {found['samples']:,} {split} samples; always "
-    text += f"saying {said} would have {number(constant['f1'])}. {whole['value']:.1%} of samples have every label right"
-    text += f"{within(whole)}."
+    text += f"predicting {same} would have {number(constant['f1'])}. "
+    text += f"{whole['value']:.1%} of samples have every label right{within(whole)}."
     low, high = f1["interval"] or (f1["value"], f1["value"])
     if high < constant["f1"]:
-        text += " That is reliably worse than always the same."
+        text += " That is reliably worse than that constant."
     elif low <= constant["f1"]:
-        text += " That is not reliably more than always the same: see each label before you trust it."
+        text += " That is not reliably more than that constant: see each label before you trust it."
     return text
 
 

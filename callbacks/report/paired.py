@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evaluation import confusions, drawn_label_f1, in_order, label_counts, macro_f1, spearman
+from .evaluation import confusions, drawn_label_f1, in_order, label_counts, macro_f1, pooled, spearman
 from .intervals import Statistic, bootstrap
 from .outputs import Predictions
 
@@ -70,8 +70,8 @@ def figures_of(found: Predictions) -> dict[str, tuple[bool, Statistic]]:
         counts = label_counts(found.logits > 0, labels > 0.5)
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
         return {
-            "F1, all labels": (True, drawn_label_f1(counts, micro=True)),
-            "macro F1": (True, drawn_label_f1(counts, micro=False)),
+            "F1, all labels": (True, drawn_label_f1(pooled(counts))),
+            "macro F1": (True, drawn_label_f1(counts)),
             "every label right": (True, mean_over(counts[1:].sum((0, 2)) == 0)),
             "loss": (False, mean_over(losses.mean(1))),
         }

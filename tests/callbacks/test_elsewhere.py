@@ -23,8 +23,8 @@ from tests.test_contracts import CASES
 HOME = Path(package.__file__ or "").parent
 
 
-class Pictures(Dataset[Any]):
-    """Twelve pictures in three classes, as a dictionary or a pair."""
+class Images(Dataset[Any]):
+    """Twelve images in three classes, as a dictionary or a pair."""
 
     def __init__(self, as_dict: bool) -> None:
         self.as_dict = as_dict
@@ -42,7 +42,7 @@ class Pictures(Dataset[Any]):
 def torchgeo() -> tuple[LightningModule, DataLoader[Any]]:
     trainers = pytest.importorskip("torchgeo.trainers")
     task = trainers.ClassificationTask(model="resnet18", num_classes=3, lr=1e-3)
-    return task, DataLoader(Pictures(as_dict=True), batch_size=3)
+    return task, DataLoader(Images(as_dict=True), batch_size=3)
 
 
 def torch_uncertainty() -> tuple[LightningModule, DataLoader[Any]]:
@@ -52,7 +52,7 @@ def torch_uncertainty() -> tuple[LightningModule, DataLoader[Any]]:
     net = torchvision.models.resnet18(num_classes=3)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     routine = routines.ClassificationRoutine(net, 3, nn.CrossEntropyLoss(), optim_recipe=optimizer)
-    return routine, DataLoader(Pictures(as_dict=False), batch_size=3)
+    return routine, DataLoader(Images(as_dict=False), batch_size=3)
 
 
 @pytest.mark.filterwarnings("ignore")  # of theirs

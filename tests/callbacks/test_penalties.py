@@ -203,7 +203,7 @@ def test_the_gradient_of_l2sp_is_autograds_and_the_head_has_its_own(accumulate: 
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_pull_of_l2sp_follows_each_update_at_the_groups_own_rate(accumulate: int) -> None:
+def test_the_pull_of_l2sp_follows_each_update_at_the_groups_own_learning_rate(accumulate: int) -> None:
     def after(net: Net, start: dict[str, Tensor]) -> None:
         for name, p in used(net):
             head = "head" in name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,157 +11,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from callbacks import ExactResume, Freeze, GradualUnfreezing, PhaseAwareEarlyStopping, layerwise_param_groups
-from callbacks.unfreezing.blocks import find_blocks, infer_blocks
-from callbacks.unfreezing.freeze import close, frozen_modules
-from callbacks.unfreezing.ranks import check_strategy, weight_hash
-from tests.nets import BLOCKS, Net, data, fit, quiet, same, without_dropout
-
-
-class Watch(Callback):
-    """Weights, statistics and what is trainable at each optimiser step."""
-
-    def __init__(self) -> None:
-        self.open: list[set[str]] = []
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
-        self.open.append({n.split(".")[0] for n, p in pl_module.named_parameters() if p.requires_grad} - {"norm"})
-        self.weights.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
-
-    def first_change(self, name: str) -> int:
-        """Step in which a tensor changed first; the number of steps if never."""
-        steps = range(1, len(self.weights))
-        return next((s for s in steps if not self.weights[s][name].equal(self.weights[s - 1][name])), len(self.weights))
-
-
-# What is a block
-
-
-def test_blocks_are_inferred_in_order_and_hold_every_parameter_once() -> None:
-    net = Net()
-    blocks = find_blocks(net)
-    assert list(blocks) == BLOCKS
-    assert list(blocks["mix"]) == ["mix.weight", "mix.bias", "norm.weight", "norm.bias"]  # a norm joins the one before
-    assert "head.up.weight" not in blocks["head"]  # tied: it belongs to mix alone
-    assert sum(map(len, blocks.values())) == len(list(net.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "first", "last"),
-    [
-        ("resnet18", 6, "conv1", "fc"),
-        ("resnet50", 6, "conv1", "fc"),
-        ("vgg11", 11, "features.0", "classifier.6"),
-        ("mobilenet_v2", 20, "features.0", "classifier"),
-        ("vit_b_32", 14, "conv_proj", "heads"),
-        ("convnext_tiny", 9, "features.0", "classifier"),
-    ],
-)
-def test_blocks_of_torchvision(name: str, count: int, first: str, last: str) -> None:
-    import torchvision
-
-    with torch.device("meta"):
-        net = getattr(torchvision.models, name)()
-    blocks = list(infer_blocks(net))
-    assert (len(blocks), blocks[0], blocks[-1]) == (count, first, last)
-    assert sum(map(len, find_blocks(net).values())) == len(list(net.parameters()))
-
-
-def test_blocks_of_a_transformer() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **sizes))
-    layers = [f"bert.encoder.layer.{n}" for n in range(3)]
-    assert list(infer_blocks(bert)) == ["bert.embeddings", *layers, "bert.pooler", "classifier"]
-
-
-def test_blocks_from_patterns_take_the_first_match() -> None:
-    blocks = find_blocks(Net(), ["stem|layer1", "layer", "."])
-    assert [len(members) for members in blocks.values()] == [5, 3, 7]
-
-
-def test_layer_groups_of_the_module_count() -> None:
-    class Own(Net):
-        def layer_groups(self) -> dict[str, list[str]]:
-            return {"trunk": ["stem", "layer1", "layer2", "mix", "norm"], "top": ["head"]}
-
-    assert list(find_blocks(Own())) == ["trunk", "top"]
-
-
-def test_wrong_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'layer7' holds no parameter.*did you mean 'layer"):
-        find_blocks(Net(), ["layer7", "."])
-    with pytest.raises(ValueError, match=r"in no block: stem\.weight"):
-        find_blocks(Net(), ["layer", "head"])
-    with pytest.raises(ValueError, match="found 1 block in Linear"):
-        GradualUnfreezing().plan(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="order must name each block once"):
-        GradualUnfreezing(order=["head", "stem"]).plan(Net())
-    with pytest.raises(ValueError, match="order must name each block once.*received topdown"):
-        GradualUnfreezing(order="topdown").plan(Net())
-
-
-# Freeze
-
-
-def test_feature_extraction_trains_the_head_alone() -> None:
-    watch = Watch()
-    fit([Freeze(train_last_blocks=1), watch])
-    moved = {name for name in watch.weights[0] if watch.first_change(name) < len(watch.weights)}
-    assert moved == {"head.up.bias", "head.out.weight", "head.out.bias"}
-
-
-def test_freeze_by_pattern_type_and_count() -> None:
-    assert {name.split(".")[0] for name in Freeze(patterns={"layer": False}).chosen(Net())} == {"layer1", "layer2"}
-    norms = set(Freeze(train_last_blocks=0, train_norms=True).chosen(Net()))
-    assert not any("norm" in name for name in norms)
-    bitfit = Freeze(train_last_blocks=1, train_biases=True).chosen(Net())
-    assert bitfit
-    assert not any(name.endswith("bias") or name.startswith("head.out") for name in bitfit)
-    first_wins = Freeze(patterns={r"layer1\.conv": True, "layer1": False}).chosen(Net())
-    assert set(first_wins) == {"layer1.norm.weight", "layer1.norm.bias"}
-
-
-def test_freeze_refuses_what_does_nothing() -> None:
-    with pytest.raises(ValueError, match="needs train_last_blocks"):
-        Freeze()
-    with pytest.raises(ValueError, match="train_last_blocks must be 0 to 5, not 9; blocks: stem"):
-        fit([Freeze(train_last_blocks=9)])
-    with pytest.raises(ValueError, match=r"'layer9' decides on no parameter; did you mean 'layer"):
-        fit([Freeze(patterns={"layer9": False})])
-    with pytest.raises(ValueError, match="nothing to train"):
-        fit([Freeze(patterns={".": False})])
-
-
-def test_freeze_reaches_what_configure_model_builds() -> None:
-    class Late(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.saved, self.stem = self.stem, None  # type: ignore[assignment]
-            for name in ("layer1", "layer2", "mix", "norm", "head", "saved"):
-                object.__setattr__(self, f"_{name}", getattr(self, name))
-                delattr(self, name)
-
-        def configure_model(self) -> None:
-            if self.stem is None:
-                self.stem = self._saved
-                for name in ("layer1", "layer2", "mix", "norm", "head"):
-                    setattr(self, name, getattr(self, f"_{name}"))
-
-    watch = Watch()
-    fit([Freeze(train_last_blocks=1), watch], Late())
-    assert watch.first_change("stem.weight") == len(watch.weights) > watch.first_change("head.out.weight")
-
-
-# Frozen means frozen
+from tests.callbacks.unfreezing.conftest import Watch, two_ranks
+from tests.nets import BLOCKS, Net, data, fit, same, without_dropout
 
 
 def test_frozen_blocks_keep_weights_statistics_and_modes() -> None:
@@ -180,41 +37,6 @@ def test_frozen_blocks_keep_weights_statistics_and_modes() -> None:
     assert watch.first_change("stem.weight") == 24
     assert all(module.training for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
-
-
-def test_no_gradient_is_left_over() -> None:
-    net = Net()
-    net(torch.randn(2, 3, 6, 6)).sum().backward()
-    assert net.stem.weight.grad is not None
-    assert close([net.stem.weight]) == {net.stem.weight}
-    assert net.stem.weight.grad is None
-
-
-def test_dropout_in_frozen_blocks_is_off_or_on_by_choice() -> None:
-    net = Net()
-    frozen = {p for name, p in net.named_parameters() if name.startswith("layer1")}
-    assert net.layer1.dropout in frozen_modules(net, frozen)
-    assert frozen_modules(net, frozen, dropout=True) == {net.layer1.norm}
-
-
-@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode")
-def test_modes_that_a_module_chose_itself_stay() -> None:
-    net = Net()
-    net.layer2.norm.eval()
-    fit([GradualUnfreezing(every_steps=2)], net)
-    assert not net.layer2.norm.training
-    assert net.layer2.conv.training
-
-
-def test_what_was_frozen_before_stays_frozen() -> None:
-    net, watch = Net(), Watch()
-    net.stem.requires_grad_(False)
-    fit([GradualUnfreezing(every_steps=2), Freeze(patterns={"layer1": False}), watch], net)
-    end = len(watch.weights)
-    assert watch.first_change("stem.weight") == watch.first_change("layer1.conv.weight") == end
-    assert watch.first_change("layer2.conv.weight") < end
-    assert not net.stem.weight.requires_grad
-    assert net.layer1.conv.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -431,13 +253,6 @@ def test_an_optimizer_of_trainable_parameters_alone_gets_all() -> None:
     assert watch.first_change("stem.weight") == 24
 
 
-def test_sharding_strategies_are_refused() -> None:
-    trainer = quiet()
-    trainer.strategy.__class__ = FSDPStrategy
-    with pytest.raises(ValueError, match="FSDPStrategy fixes what trains"):
-        check_strategy(trainer)
-
-
 def test_an_opened_block_without_gradient_stops_the_run() -> None:
     class Detached(Net):
         def forward(self, x: Any) -> Any:
@@ -463,21 +278,6 @@ def test_a_parameter_without_gradient_in_a_block_that_has_some_is_named(caplog: 
 def test_what_never_opened_is_named(caplog: pytest.LogCaptureFixture) -> None:
     fit([GradualUnfreezing(monitor="score", blocks_per_phase=2)], Scripted(), max_epochs=5)
     assert "the run ended before these opened: layer1, stem" in caplog.text
-
-
-@pytest.mark.parametrize("callback", [Freeze(train_last_blocks=1), GradualUnfreezing(every_steps=6)])
-def test_a_run_that_breaks_gives_the_module_back(callback: Callback) -> None:
-    class Breaking(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            assert not self.layer1.norm.training
-            assert not self.stem.weight.requires_grad
-            raise RuntimeError("broken")
-
-    net = Breaking()
-    with pytest.raises(RuntimeError, match="broken"):
-        fit([callback], net)
-    assert all(module.training for module in net.modules())
-    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 # The neighbours' faults
@@ -555,7 +355,7 @@ def test_swa_survives_an_opening() -> None:
     assert watch.first_change("stem.weight") == 24
 
 
-def test_groups_rates_and_decay_stay_as_they_were_configured() -> None:
+def test_groups_learning_rates_and_decay_stay_as_configured() -> None:
     """No group is added, no rate overwritten, no bias decayed, no fresh norm left out."""
 
     class Look(Callback):
@@ -586,45 +386,6 @@ def test_every_change_is_said(caplog: pytest.LogCaptureFixture) -> None:
 # Two ranks
 
 
-class Report(Callback):
-    """Each rank writes what it saw, for the test to read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        strategy = trainer.strategy
-        report = {"weights": pl_module.state_dict(), "bytes": getattr(strategy, "moved", []), "dead": self.dead}
-        torch.save(report, self.folder / f"rank{trainer.global_rank}.pt")
-
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        self.first = weakref.ref(trainer.strategy.model)
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 0:
-            self.dead = self.first() is None  # the wrapper of the beginning, and the hooks of its reducer
-
-
-class Counting(DDPStrategy):
-    """Counts the bytes that each step reduces."""
-
-    def configure_ddp(self) -> None:
-        super().configure_ddp()
-        self.moved = getattr(self, "moved", [])
-
-        def count(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations, and not as strings
-            self.moved.append((self.lightning_module.trainer.global_step, bucket.buffer().numel() * 4))
-            return default_hooks.allreduce_hook(None, bucket)
-
-        self.model.register_comm_hook(None, count)  # type: ignore[union-attr, operator]
-
-
-def two_ranks(tmp_path: Path, callbacks: list[Any], net: Net, **options: Any) -> list[dict[str, Any]]:
-    options = {"strategy": Counting(start_method="fork"), **options}
-    fit([*callbacks, Report(tmp_path)], net, devices=2, **options)
-    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-
-
 class Halved(Net):
     """Each of two ranks takes every second sample, in order; one process takes twice the batch."""
 
@@ -648,47 +409,6 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path: Path, accumu
     assert all(torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items())
     assert max((alone[name] - tensor).abs().max() for name, tensor in one["weights"].items()) < 1e-5
     assert one["dead"]
-
-
-@pytest.mark.slow
-def test_frozen_bytes_are_not_reduced(tmp_path: Path) -> None:
-    one, _ = two_ranks(tmp_path, [GradualUnfreezing(every_steps=4)], Net())
-    moved: dict[int, int] = {}
-    for step, size in one["bytes"]:
-        moved[step] = moved.get(step, 0) + size
-    sizes = [sum(p.numel() * 4 for p in members.values()) for members in find_blocks(Net()).values()][::-1]
-    assert [moved[step] for step in (1, 5, 9, 13, 17)] == [sum(sizes[: n + 1]) for n in range(5)]
-
-
-@pytest.mark.slow
-def test_replicas_that_differ_stop_the_run(tmp_path: Path) -> None:
-    class Drift(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
-            if trainer.global_rank == 1 and trainer.global_step == 2:
-                pl_module.stem.bias.data[0] += 1e-6  # type: ignore[union-attr, operator]
-
-    with pytest.raises(Exception, match="step 4: weights differ between ranks"):
-        two_ranks(tmp_path, [GradualUnfreezing(every_steps=4), Drift()], Net())
-
-
-def test_sync_batch_norm_stays_in_evaluation_mode() -> None:
-    """The strategy converts after `setup`; what is frozen is looked for after that."""
-
-    net, freeze = Net(), Freeze(train_last_blocks=2)
-    freeze.setup(quiet(), net, "fit")
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    freeze.on_fit_start(quiet(), converted)
-    freeze.on_train_batch_start(quiet(), converted, None, 0)
-    assert not converted.layer1.norm.training
-    assert converted.norm.training
-
-
-def test_the_hash_sees_one_bit_and_a_swap() -> None:
-    one, two = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
-    before = weight_hash([one, two])
-    assert weight_hash([two, one]) != before
-    one.data[3] = torch.nextafter(one.data[3], torch.tensor(9.0))
-    assert weight_hash([one, two]) != before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes a minute on a processor")
@@ -730,32 +450,3 @@ def test_an_early_stop_is_reckoned_with_short_last_accumulations() -> None:
     fit([GradualUnfreezing(at=[5]), stop], **options)
     with pytest.raises(ValueError, match="could end the run"):
         fit([GradualUnfreezing(at=[6]), stop], **options)
-
-
-@pytest.mark.parametrize(
-    ("callbacks", "words"),
-    [
-        ([Freeze(1), Freeze(2)], "two Freeze would each unfreeze"),
-        ([GradualUnfreezing(), GradualUnfreezing(every_epochs=1)], "two GradualUnfreezing would each unfreeze"),
-        ([Freeze(1), BackboneFinetuning()], "Freeze and BackboneFinetuning would each unfreeze"),
-        ([BackboneFinetuning(), GradualUnfreezing()], "GradualUnfreezing and BackboneFinetuning would each unfreeze"),
-    ],
-)
-def test_two_that_freeze_are_refused(callbacks: list[Any], words: str) -> None:
-    class WithBackbone(Net):
-        @property
-        def backbone(self) -> nn.Module:
-            return self.layer1
-
-    with pytest.raises((ValueError, RuntimeError), match=f"{words}|more than one stateful callback of type"):
-        fit(callbacks, WithBackbone())
-
-
-def test_it_is_seen_where_nobody_has_configured_a_log(caplog: pytest.LogCaptureFixture) -> None:
-    fit([Freeze(patterns={"^stem": False}), GradualUnfreezing(every_epochs=1, blocks_per_phase=2)])
-    for words in (
-        "freeze: 2 tensors",
-        "unfreezing: phases of blocks",
-        "unfreezing: step 12, epoch 1: mix, layer2 open",
-    ):
-        assert caplog.text.count(words) == 1

@@ -90,7 +90,7 @@ def figure_of(name: str, found: Predictions, some: np.ndarray) -> float:
         ("scores", ["Spearman", "mean absolute error", "mean squared error"]),
     ],
 )
-def test_every_figure_is_judged_by_a_paired_bootstrap(kind: str, names: list[str]) -> None:
+def test_every_figure_is_compared_by_a_paired_bootstrap(kind: str, names: list[str]) -> None:
     first, other = noisy(kind, 1.0, 1), noisy(kind, 0.5, 2)
     found, everything = paired(first, other, draws=4000), np.arange(120)
     assert [figure["name"] for figure in found] == names
@@ -106,6 +106,6 @@ def test_every_figure_is_judged_by_a_paired_bootstrap(kind: str, names: list[str
         assert figure["rises"] == (figure["gain"] > 0), "less noise is better"
 
 
-def test_what_is_not_defined_is_left_out() -> None:
+def test_undefined_figures_are_omitted() -> None:
     constant = predictions(torch.ones(9, 1), torch.arange(9.0))
     assert [figure["name"] for figure in paired(constant, constant)] == ["mean absolute error", "mean squared error"]
