@@ -38,11 +38,7 @@ class Flowers102(ImageDataModule):
     @property
     def expected_samples(self) -> int:
         """Training images, known before any file is there."""
-        return (
-            self.train_size_after_split(2_040)
-            if self.train_on_val
-            else self.train_size_after_split(1_020, own_val=True)
-        )
+        return self.train_size_after_split(2_040 if self.train_on_val else 1_020, own_val=not self.train_on_val)
 
     @property
     def class_names(self) -> list[str]:

@@ -57,12 +57,10 @@ class ParquetImages(ImageDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if self.fold is not None:
-            raise ValueError(
-                "data.fold needs single samples, but Parquet files are read by row groups: set data.val_files"
-            )
+            raise ValueError("data.fold needs single samples; Parquet files are read by row groups: set data.val_files")
         if self.balance:
             raise ValueError(
-                "data.balance needs single samples, but Parquet files are read by row groups: set model.class_weights"
+                "data.balance needs single samples, not the row groups of Parquet: set model.class_weights"
             )
         self.files = {"train": train_files, "val": val_files, "test": test_files}
         self.image_column, self.label_column, self.shuffle_rows = image_column, label_column, shuffle_rows

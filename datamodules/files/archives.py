@@ -39,7 +39,7 @@ def download(url: str, file: Path, size: int, sha256: str) -> None:
     found = part.stat().st_size
     if found < size:
         raise ConnectionError(
-            f"the download of {url} broke off at {found:,} of {size:,} bytes; the next try resumes there"
+            f"the download of {url} broke off at {found:,} of {size:,} bytes; the next try resumes it"
         )
     if digest(part) != sha256:
         part.unlink()

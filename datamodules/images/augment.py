@@ -98,15 +98,14 @@ def jitter_colours(
     return images.clamp_(0, 1)
 
 
-def erase_rectangle(images: Tensor, uniform: tuple[Tensor, ...], probability: float = 0.5) -> Tensor:
-    """Fill a rectangle with the image's mean colour (random erasing, Zhong et al. 2020).
+def erase_rectangle(images: Tensor, uniform: tuple[Tensor, ...]) -> Tensor:
+    """Fill a rectangle of half of the images with the mean colour (random erasing, Zhong et al. 2020).
 
     The rectangle takes 2 to 33 % of the area with an aspect ratio between 0.3 and 3.3, as in the paper.
 
     Args:
         images: float.
         uniform: Five or more tensors `(batch,)`: whether, area, aspect ratio, top, left.
-        probability: Share of the images in which anything is erased.
     """
     whether, area, ratio, top, left = uniform[:5]
     height, width = images.shape[-2:]
@@ -120,7 +119,7 @@ def erase_rectangle(images: Tensor, uniform: tuple[Tensor, ...], probability: fl
         return (place >= start[:, None]) & (place < (start + extent)[:, None])
 
     mask = inside(height, top, tall)[:, :, None] & inside(width, left, wide)[:, None, :]
-    mask &= (whether < probability)[:, None, None]
+    mask &= (whether < 0.5)[:, None, None]
     return torch.where(mask[:, None], images.mean((2, 3), keepdim=True), images)
 
 

@@ -17,7 +17,7 @@ from tests.official_archives import write_tar
 from tests.tiny_encoders import tokenizer, write_csv
 
 
-def pictures(root: Path, **options: Any) -> ImageFolder:
+def image_folder(root: Path, **options: Any) -> ImageFolder:
     data = ImageFolder(
         write_folder(root, each=8), image_size=224, **{"batch_size": 4, "num_workers": 0, "val_share": 0.2, **options}
     )
@@ -33,11 +33,11 @@ def epoch(data: ImageFolder) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["permission", "vanished"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_had(
+def test_a_image_that_cannot_be_had(
     fault: str, workers: int, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = pictures(own_folder / "strict", num_workers=workers)
-    forgiving = pictures(own_folder / "forgiving", num_workers=workers, on_error="skip")
+    data = image_folder(own_folder / "strict", num_workers=workers)
+    forgiving = image_folder(own_folder / "forgiving", num_workers=workers, on_error="skip")
     size = len(data.splits["val"].labels)
     assert epoch(data) == epoch(forgiving) == size
     opened = Image.open

@@ -26,9 +26,9 @@ def test_classes_are_told_by_their_folders(tmp_path: Path, monkeypatch: pytest.M
         data = ImageFolder(root, image_size=32, val_share=0.25, test_share=0.25)
         data.setup("fit")
         for split in ("train", "val", "test"):
-            pictures = data.splits[split]
-            names = [Path(pictures.name(index)) for index in range(len(pictures.labels))]
-            assert [data.class_names[label] for label in pictures.labels] == [name.parent.name for name in names]
+            images = data.splits[split]
+            names = [Path(images.name(index)) for index in range(len(images.labels))]
+            assert [data.class_names[label] for label in images.labels] == [name.parent.name for name in names]
             found.append(names)
     assert found[:3] == found[3:]
     assert sum(map(len, found[:3])) == 12, "a stray image belongs to no class"
@@ -50,7 +50,7 @@ def test_folder_layouts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         data = ImageFolder(write_folder(tmp_path / "-".join(splits or ("none",)), splits, each=10), image_size=32)
         with caplog.at_level(logging.INFO):
             data.setup()
-        return {name: len(pictures.labels) for name, pictures in data.splits.items() if name != "predict"}
+        return {name: len(images.labels) for name, images in data.splits.items() if name != "predict"}
 
     assert counts(("train", "val", "test")) == {"train": 30, "val": 30, "test": 30}
     assert counts(("train", "valid")) == {"train": 27, "val": 3, "test": 30}
@@ -79,7 +79,7 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path: Path) -> None:
         Digits(batch_size=0)
 
 
-def test_loose_pictures_can_be_predicted(tmp_path: Path) -> None:
+def test_loose_images_can_be_predicted(tmp_path: Path) -> None:
     loose = tmp_path / "loose" / "deeper"
     loose.mkdir(parents=True)
     for number in range(3):

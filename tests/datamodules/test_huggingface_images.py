@@ -116,7 +116,7 @@ def test_a_label_is_the_right_class_or_its_row_is_named(tmp_path: Path, kind: st
     assert data.splits["test"].labels.tolist() == expected
 
 
-def test_labels_of_pictures_in_a_csv(tmp_path: Path) -> None:
+def test_labels_of_images_in_a_csv(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "a.png")
     files = {}
     for split, labels in (("train", [1, 2, 4, 2]), ("test", [4, 1]), ("strange", [4, 3]), ("gap", [4, ""])):

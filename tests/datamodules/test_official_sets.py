@@ -22,8 +22,8 @@ def test_archives_are_unpacked_and_read(kind: type, own_folder: Path, monkeypatc
     assert {name: len(part.labels) for name, part in data.splits.items() if name != "predict"} == counts
     assert len(data.class_names) == data.num_classes
     for split in ("train", "test"):
-        pictures = data.splits[split]
-        assert pictures.read(len(pictures.labels) - 1).size == (48, 40)
+        images = data.splits[split]
+        assert images.read(len(images.labels) - 1).size == (48, 40)
     assert next(iter(data.train_dataloader()))["image"].shape == (4, 3, 32, 32)
     assert max(Counter(data.splits["test"].labels.tolist())) == data.num_classes - 1
 

@@ -20,17 +20,17 @@ from tests.datamodules.conftest import SIZES, parquet_images, train_batches
 
 def test_every_row_is_found_with_its_label_and_its_name(shards: str) -> None:
     data = parquet_images(shards, val_files=shards)
-    pictures = data.splits["train"]
-    assert len(pictures.labels) == sum(SIZES) and data.class_names == ["class_0", "class_1", "class_2"]
-    assert pictures.labels.tolist() == [row % 3 for size in SIZES for row in range(size)]
-    assert [pictures.name(index).rsplit("-", 1)[1] for index in (0, 29, 30, 58)] == [
+    images = data.splits["train"]
+    assert len(images.labels) == sum(SIZES) and data.class_names == ["class_0", "class_1", "class_2"]
+    assert images.labels.tolist() == [row % 3 for size in SIZES for row in range(size)]
+    assert [images.name(index).rsplit("-", 1)[1] for index in (0, 29, 30, 58)] == [
         "0.parquet#0",
         "0.parquet#29",
         "1.parquet#0",
         "2.parquet#21",
     ]
     stored = datasets.Dataset.from_parquet(shards.replace("*", "2"))
-    assert np.array_equal(np.array(pictures.read(58)), np.array(stored[21]["image"]))
+    assert np.array_equal(np.array(images.read(58)), np.array(stored[21]["image"]))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores

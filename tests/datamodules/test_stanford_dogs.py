@@ -40,7 +40,7 @@ def test_archives_on_the_disk_are_enough(official: Path) -> None:
     assert len(data.splits["test"].labels) == 12
 
 
-def test_lists_may_lie_beside_the_pictures(official: Path, tmp_path: Path) -> None:
+def test_lists_may_lie_beside_the_images(official: Path, tmp_path: Path) -> None:
     with tarfile.open(official / "images.tar") as images, tarfile.open(official / "lists.tar") as lists:
         images.extractall(tmp_path / "tree", filter="data")
         lists.extractall(tmp_path / "tree", filter="data")
@@ -50,7 +50,7 @@ def test_lists_may_lie_beside_the_pictures(official: Path, tmp_path: Path) -> No
     assert len(data.splits["test"].labels) == 12
 
 
-def test_pictures_are_cut_to_the_box_around_all_dogs(server: Any, tmp_path: Path) -> None:
+def test_images_are_cut_to_the_box_around_all_dogs(server: Any, tmp_path: Path) -> None:
     data = dogs(server, tmp_path / "dogs", crop_to_box=True)
     data.prepare_data()
     data.setup("fit")

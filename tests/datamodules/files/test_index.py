@@ -40,7 +40,7 @@ def count_listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
-def test_pictures_are_found_at_any_depth_and_sorted(tree: Path) -> None:
+def test_images_are_found_at_any_depth_and_sorted(tree: Path) -> None:
     assert list(list_files(tree, SUFFIXES)) == ["0.jpg", "a/1.jpg", "a/deep/2.JPG", "b-c/4.jpg", "b/3.png"]
 
 

@@ -107,7 +107,7 @@ def test_a_fold_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 100], ids=["in memory", "decoding"])
-def test_a_truncated_picture_is_named_or_skipped(tmp_path: Path, size: int) -> None:
+def test_a_truncated_image_is_named_or_skipped(tmp_path: Path, size: int) -> None:
     root = write_folder(tmp_path / "f", splits=("train", "val", "test"))
     broken = truncate(root / "train" / "class_1" / "3.jpg")
     data = ImageFolder(root, image_size=size, batch_size=4, num_workers=0)
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_black_in_predict_and_named(tmp_path: Path, size:
 
 
 @pytest.mark.parametrize("each", [(1, 2), (1, 1), (2, 1), (2, 2)])
-def test_too_few_pictures_to_split_are_told(tmp_path: Path, each: tuple[int, int]) -> None:
+def test_too_few_images_to_split_are_told(tmp_path: Path, each: tuple[int, int]) -> None:
     """Of two in a class one is for the test, and none is left to validate on."""
     root = tmp_path / "f"
     for label, count in enumerate(each):
@@ -209,7 +209,7 @@ def test_a_batch_of_nothing_counts_nothing(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
-def test_evaluation_sees_the_same_picture_from_memory_and_from_disk(tmp_path: Path) -> None:
+def test_evaluation_sees_the_same_image_from_memory_and_from_disk(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "f", ("train", "val", "test"))
     images = []
     for in_memory in (True, False):

@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
         decode(str(tmp_path / "it.jpg"), "the one")
 
 
-def test_a_drawing_that_another_program_would_be_run_for_is_no_picture(tmp_path: Path) -> None:
+def test_a_drawing_that_another_program_would_be_run_for_is_no_image(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "it.eps")
     with pytest.raises(ValueError, match="cannot identify"):
         decode(str(tmp_path / "it.eps"), "it")
@@ -188,7 +188,7 @@ RATIONAL_FOR_STRING = struct.pack("<2sHIH", b"II", 42, 8, 2) + b"".join(
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_an_odd_tag_leaves_the_picture_and_its_turn_as_they_are(form: str) -> None:
+def test_an_odd_tag_leaves_the_image_and_its_turn_as_they_are(form: str) -> None:
     image = picture(0, 30, 20)
     content = saved(
         image, form, exif=b"Exif\0\0" + RATIONAL_FOR_STRING, **({"lossless": True} if form == "WEBP" else {})
@@ -389,7 +389,7 @@ def test_a_strip_takes_little_memory(size: tuple[int, int], strength: Any, monke
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I;16") else "a.png")
     image = Image.new("I;16", (9, 7), 3000) if mode == "I;16" else picture(0, 9, 7).convert(mode)
     image.save(path)
@@ -397,7 +397,7 @@ def test_pictures_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     assert read.mode == "RGB" and read.size == (9, 7)
 
 
-def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+def test_images_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
     picture(0, 40, 20).save(tmp_path / "a.jpg", exif=exif)

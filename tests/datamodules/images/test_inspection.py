@@ -114,7 +114,7 @@ def test_all_of_many_copies_are_found() -> None:
     assert all(0.9 < likeness <= 1.0001 for *_, likeness in found)
 
 
-def test_two_pictures_have_no_neighbours_to_be_held_against() -> None:
+def test_two_images_have_no_neighbours_to_be_held_against() -> None:
     assert [pair for *pair, _ in alike(thumbnails([outline(0), jpeg(half(outline(0)), 90)]))] == [[0, 1]]
     assert alike(thumbnails([outline(0), outline(1)])) == []
     assert alike(thumbnails([outline(0)])) == []

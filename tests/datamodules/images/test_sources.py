@@ -11,7 +11,7 @@ from datamodules.images.sources import decode
 from tests.conftest import write_folder
 
 
-def test_text_is_no_picture(tmp_path: Path) -> None:
+def test_text_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("not an image")
     with pytest.raises(ValueError, match=r"cannot read the image a\.jpg"):
         decode(str(tmp_path / "a.jpg"), "a.jpg")
