@@ -150,6 +150,7 @@ TECHNIQUES = sorted(
 )
 
 
+@pytest.mark.slow
 def test_each_technique_alone_in_an_empty_project(own_folder: Path) -> None:
     """Its file or its folder copied, one by one, to where nothing else of this collection can be imported."""
     assert {path.stem for path in TECHNIQUES} == set(USES)

@@ -33,7 +33,7 @@ def epoch(data: ImageFolder) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["permission", "vanished"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_cannot_be_had(
+def test_an_image_that_cannot_be_had(
     fault: str, workers: int, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = image_folder(own_folder / "strict", num_workers=workers)

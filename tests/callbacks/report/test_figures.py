@@ -52,6 +52,7 @@ def all_figures(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_no_figure_shows_the_markup_of_its_text(name: str, own_folder: Path) -> None:
     from matplotlib.text import Text

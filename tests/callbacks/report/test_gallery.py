@@ -20,6 +20,7 @@ from tests.callbacks.report.conftest import QUICK, check_page, read
 from tests.nets import quiet
 
 
+@pytest.mark.slow
 def test_texts_are_shown_with_what_the_prediction_depends_on(own_folder: Path) -> None:
     rows = "".join(f"{word} number {n},{word}\n" for n in range(20) for word in ("cat", "dog", "emu"))
     (own_folder / "t.csv").write_text(f"text,label\n{rows}")
@@ -35,6 +36,7 @@ def test_texts_are_shown_with_what_the_prediction_depends_on(own_folder: Path) -
     check_page(cli.folder)
 
 
+@pytest.mark.slow
 def test_a_saliency_that_fails_costs_the_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("of memory")
@@ -44,6 +46,7 @@ def test_a_saliency_that_fails_costs_the_images_alone(monkeypatch: pytest.Monkey
     assert found["uncertain"] and "picture" not in found["uncertain"][0]
 
 
+@pytest.mark.slow
 def test_evaluating_the_start_changes_no_training() -> None:
     class Draws(VisionClassifier):
         def embed(self, batch: Any) -> Tensor:

@@ -150,6 +150,7 @@ def test_a_stateful_loader_goes_on_by_itself_and_no_epoch_ends_early(tmp_path: P
     assert all(place.endswith("1.6") for place in found), "where the data are over its state is not asked for"
 
 
+@pytest.mark.slow
 def test_images_and_their_augmentation_resume_exactly_in_worker_processes(tmp_path: Path) -> None:
     class Pictures(Net):
         def __init__(self) -> None:
@@ -177,6 +178,7 @@ def test_images_and_their_augmentation_resume_exactly_in_worker_processes(tmp_pa
         assert differences(whole, run(ckpt_path=path)) == []
 
 
+@pytest.mark.slow
 def test_what_workers_draw_at_random_is_not_exact_during_an_epoch(tmp_path: Path) -> None:
     # A limit: a worker's generator goes on from batch to batch. At the start of an epoch it is exact, with workers
     # that do not live on.
