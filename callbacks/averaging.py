@@ -251,9 +251,9 @@ class EMA(_Averaging):
     https://arxiv.org/abs/1703.01780
 
     Example:
-        >>> trainer = Trainer(callbacks=[EMA(0.999), ModelCheckpoint(monitor="val/loss")])  # doctest: +SKIP
-        >>> trainer.fit(model, data)  # doctest: +SKIP
-        >>> trainer.test(model, data, ckpt_path="best")  # the best average  # doctest: +SKIP
+        >>> trainer = Trainer(callbacks=[EMA(0.999), ModelCheckpoint(monitor="val/loss")])
+        >>> trainer.fit(model, data)
+        >>> scores = trainer.test(model, data, ckpt_path="best", verbose=False)  # of the best average
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, warmup: bool = True) -> None:
@@ -331,7 +331,7 @@ class Interpolation(_Averaging):
     Source: WiSE-FT, Wortsman et al. 2022, https://arxiv.org/abs/2109.01903
 
     Example:
-        >>> trainer = Trainer(callbacks=[Interpolation(share=0.5)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[Interpolation(share=0.5)]).fit(model, data)
     """
 
     def __init__(self, share: float = 0.5) -> None:

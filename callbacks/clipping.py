@@ -107,7 +107,7 @@ class AutoClip(Callback):
     Source: Seetharaman et al. 2020, https://arxiv.org/abs/2007.14469
 
     Example:
-        >>> Trainer(callbacks=[AutoClip(percentile=25)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[AutoClip(percentile=25)]).fit(model, data)
     """
 
     def __init__(self, percentile: float = 10.0, history: int = 1000, warmup_steps: int = 0) -> None:
@@ -172,7 +172,7 @@ class AGC(Callback):
     Source: Brock et al. 2021, https://arxiv.org/abs/2102.06171
 
     Example:
-        >>> Trainer(callbacks=[AGC(0.02, exclude=["^head"])])  # doctest: +SKIP
+        >>> Trainer(callbacks=[AGC(0.02, exclude=["^head"])]).fit(model, data)
     """
 
     def __init__(self, ratio: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] | None = None) -> None:

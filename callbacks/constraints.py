@@ -75,7 +75,7 @@ class Constrain(Callback):
     Source: Srivastava et al. 2014, 5.1, of max-norm: https://jmlr.org/papers/v15/srivastava14a.html
 
     Example:
-        >>> Trainer(callbacks=[Constrain("head.weight", minimum=-1.0, maximum=1.0, max_norm=3.0)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[Constrain("head.weight", minimum=-1.0, maximum=1.0, max_norm=3.0)]).fit(model, data)
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class RateBounds(Callback):
         ValueError: The pattern matches no group, a group is bounded twice, or the range is empty.
 
     Example:
-        >>> Trainer(callbacks=[RateBounds(maximum=1e-4, pattern="^layer")])  # doctest: +SKIP
+        >>> Trainer(callbacks=[RateBounds(maximum=1e-4, pattern="^layer")]).fit(model, data)
     """
 
     def __init__(self, minimum: float = 0.0, maximum: float = math.inf, pattern: str = "") -> None:

@@ -32,7 +32,7 @@ class PhaseAwareEarlyStopping(EarlyStopping):
     Args: as those of EarlyStopping.
 
     Example:
-        >>> Trainer(callbacks=[PhaseAwareEarlyStopping("val/loss", patience=3)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[PhaseAwareEarlyStopping("val/loss", patience=3)]).fit(model, data)
     """
 
     waits_for_phases: ClassVar[bool] = True

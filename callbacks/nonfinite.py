@@ -176,7 +176,7 @@ class StopOnNonFinite(Callback):
         ValueError: Manual optimisation, or an argument out of range.
 
     Example:
-        >>> Trainer(callbacks=[StopOnNonFinite()])  # doctest: +SKIP
+        >>> Trainer(callbacks=[StopOnNonFinite()]).fit(model, data)
     """
 
     def __init__(self, check_every_n_steps: int = 1, patience: int = 20) -> None:

@@ -174,7 +174,7 @@ class L2(_Penalty):
     Source: Loshchilov & Hutter 2019, on coupled and decoupled: https://arxiv.org/abs/1711.05101
 
     Example:
-        >>> Trainer(callbacks=[L2(1e-4, exclude=["embedding"])])  # doctest: +SKIP
+        >>> Trainer(callbacks=[L2(1e-4, exclude=["embedding"])]).fit(model, data)
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class L1(_Penalty):
     Source: Parikh & Boyd 2014, Proximal algorithms, 6.5.2, https://web.stanford.edu/~boyd/papers/prox_algs.html
 
     Example:
-        >>> Trainer(callbacks=[L1(1e-3, patterns=["^head"])])  # doctest: +SKIP
+        >>> Trainer(callbacks=[L1(1e-3, patterns=["^head"])]).fit(model, data)
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class L2SP(_Penalty):
     Source: Li et al. 2018, https://arxiv.org/abs/1802.01483
 
     Example:
-        >>> Trainer(callbacks=[L2SP(0.01, exclude=["^head"], head_strength=0.01)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[L2SP(0.01, exclude=["^head"], head_strength=0.01)]).fit(model, data)
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class PredictionWriter(Callback):
         ValueError: Another ending, or parts of other predictions.
 
     Example:
-        >>> Trainer(callbacks=[PredictionWriter("flowers.csv")]).predict(model, datamodule=data)  # doctest: +SKIP
+        >>> predictions = Trainer(callbacks=[PredictionWriter("flowers.csv")]).predict(model, data)
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -114,6 +114,12 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Append a batch."""
+        if not isinstance(outputs, Mapping) or "index" not in outputs:
+            received = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+            raise ValueError(
+                f"PredictionWriter needs a dictionary with `index`, the numbers of the batch's samples, from "
+                f"{type(pl_module).__name__}.predict_step; received {received}"
+            )
         index = outputs["index"].tolist()
         names = [self.names(one) for one in index]
         unreadable = batch.get("unreadable", []) if isinstance(batch, Mapping) else []

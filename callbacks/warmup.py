@@ -79,7 +79,7 @@ class LRWarmup(Callback):
     Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
 
     Example:
-        >>> Trainer(callbacks=[LRWarmup(share=0.05, shape="cosine")])  # doctest: +SKIP
+        >>> Trainer(callbacks=[LRWarmup(share=0.05, shape="cosine")]).fit(model, data)
     """
 
     def __init__(

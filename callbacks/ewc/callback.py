@@ -80,8 +80,8 @@ class EWC(Callback):
     https://arxiv.org/abs/1805.06370.
 
     Example:
-        >>> Trainer(callbacks=[EWC(save="a.safetensors")]).fit(model, data_a)  # doctest: +SKIP
-        >>> Trainer(callbacks=[EWC(load="a.safetensors", exclude=["^head"])]).fit(model, data_b)  # doctest: +SKIP
+        >>> Trainer(callbacks=[EWC(save="a.safetensors")]).fit(model, data_a)
+        >>> Trainer(callbacks=[EWC(load="a.safetensors", exclude=["^head"])]).fit(model, data_b)
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Report(Callback):
         shown: How many mistakes, and how many uncertain answers, to show.
 
     Example:
-        >>> Trainer(callbacks=[Report("runs/mine")]).fit(model, datamodule=data)  # doctest: +SKIP
+        >>> Trainer(callbacks=[Report("runs/mine")]).fit(model, data)
     """
 
     def __init__(self, folder: str | Path | None = None, start_samples: int = 1000, shown: int = 12) -> None:

@@ -63,8 +63,8 @@ class ExactResume(Callback):
         RuntimeError: The checkpoint is beyond the end of the data; or Lightning has another fit loop.
 
     Example:
-        >>> trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100)])  # doctest: +SKIP
-        >>> trainer.fit(model, data, ckpt_path="last")  # doctest: +SKIP
+        >>> trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100)])
+        >>> trainer.fit(model, data, ckpt_path="last")
     """
 
     run_seed: int | None = None  # known from the first fit on

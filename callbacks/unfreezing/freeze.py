@@ -67,7 +67,7 @@ class Freeze(Freezing):
             finetuning callback of Lightning's.
 
     Example:
-        >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)]).fit(model, data)
     """
 
     def __init__(

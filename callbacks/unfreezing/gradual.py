@@ -62,7 +62,7 @@ class GradualUnfreezing(Freezing):
     Source: Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
 
     Example:
-        >>> Trainer(callbacks=[GradualUnfreezing(every_epochs=1, blocks_per_phase=2)])  # doctest: +SKIP
+        >>> Trainer(callbacks=[GradualUnfreezing(every_epochs=1, blocks_per_phase=2)]).fit(model, data)
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import PredictionWriter
 from callbacks.predictions import NOTE, batches_done, check_ranks, claim, columns, merge_parts, records
+from tests.nets import Net, data, quiet
 
 
 def part(folder: Path, name: str, *batches: dict[str, Any], first: int = 0) -> Path:
@@ -233,3 +234,12 @@ def test_all_done_and_not_merged(own_folder: Path, monkeypatch: pytest.MonkeyPat
     data = Known()
     predict(data)
     assert data.given == 0 and len(Path("out.csv").read_text().splitlines()) == 11
+
+
+def test_a_strangers_predictions_without_an_index_are_told_what_is_missing() -> None:
+    class Plain(Net):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch[0])
+
+    with pytest.raises(ValueError, match="needs a dictionary with `index`.*from Plain.predict_step; received Tensor"):
+        quiet(callbacks=[PredictionWriter("it.csv")]).predict(Plain(), data(8))
