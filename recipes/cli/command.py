@@ -13,15 +13,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import SUPPRESS, ActionConfigFile
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from ..training.base import RecipeModule
 from . import defaults, early, overrides
 from .mistakes import sentence_of, unwrapped
 from .parser import ConfigByName, RecipeParser
@@ -40,14 +40,14 @@ class RecipeCLI(LightningCLI):
         plan: Build everything and run nothing; without data, ten classes are assumed.
     """
 
-    def __init__(self, model_class: type[LightningModule], args: ArgsType = None, *, plan: bool = False) -> None:
+    def __init__(self, model_class: type[RecipeModule], args: ArgsType = None, *, plan: bool = False) -> None:
         if args is None:
             args = sys.argv[1:]
         early.check_siblings()
         filter_warnings()
         configure_logging(quiet=isinstance(args, Sequence) and "--quiet" in args)
         self.plan = plan
-        self.recipe = Path(sys.modules[model_class.__module__].__file__ or "recipe").stem
+        self.recipe = model_class.recipe
         self.started = started()
         self.building = True
         self.assumed_classes = False  # where a plan has no data to ask
@@ -102,21 +102,10 @@ class RecipeCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for other in {"verbose", "return_predictions"} - set(self._subcommand_method_arguments[subcommand]):
             parser.add_argument(f"--{other}", help=SUPPRESS)  # so that one run's config serves all subcommands
+        switch: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
+        parser.add_argument("--test", **switch, help="Test the best checkpoint after the fit.")
         parser.add_argument(
-            "--test",
-            type=bool,
-            default=False,
-            nargs="?",
-            const=True,
-            help="Test the best checkpoint after the fit.",
-        )
-        parser.add_argument(
-            "--quiet",
-            type=bool,
-            default=False,
-            nargs="?",
-            const=True,
-            help="Print warnings and errors only, and at the end the run's folder.",
+            "--quiet", **switch, help="Print warnings and errors only, and at the end the run's folder."
         )
         parser.add_argument(
             "--predictions",

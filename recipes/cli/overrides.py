@@ -103,46 +103,40 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def value_of(args: list[str], key: str) -> str | None:
+    """What a command line gives for a key, as `--key value` or as `--key=value`."""
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if word.partition("=")[0] == f"--{key}":
+            return word.partition("=")[2] if "=" in word else following
+    return None
+
+
 def with_config_of_checkpoint(args: list[str], recipe: str) -> list[str]:
     """Where only a checkpoint is given, its run's config goes in front of the other arguments.
 
     To predict, a checkpoint that lies elsewhere is enough: then it says itself how the model was built.
     """
-    if any(a in ("-c", "--config") or a.startswith("--config=") for a in args):
+    path = value_of(args, "ckpt_path")
+    if not path or "-c" in args or value_of(args, "config"):
         return args
-    for position, word in enumerate(args):
-        path = word.removeprefix("--ckpt_path=") if "=" in word else args[position + 1 : position + 2]
-        if word.split("=")[0] == "--ckpt_path" and path:
-            file = path if isinstance(path, str) else path[0]
-            whose = glance(file).get("recipe", {}).get("name") if Path(file).is_file() else None
-            if whose not in (None, recipe):
-                raise ValueError(f"checkpoint {file} is of {whose}: recipes.{recipe} can't open it")
-            run = run_of_checkpoint(file)
-            if run:
-                log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
-                return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
-            if args[0] == "predict":
-                rebuilt = options_of_checkpoint(path if isinstance(path, str) else path[0], recipe, chosen_data(args))
-                return [args[0], *rebuilt, *args[1:]]
+    whose = glance(path).get("recipe", {}).get("name") if Path(path).is_file() else None
+    if whose not in (None, recipe):
+        raise ValueError(f"checkpoint {path} is of {whose}: recipes.{recipe} can't open it")
+    if run := run_of_checkpoint(path):
+        log.info("config: %s, of the run that wrote the checkpoint", run / "config.yaml")
+        return [args[0], "--config", str(run / "config.yaml"), *args[1:]]
+    if args[0] == "predict":
+        return [args[0], *options_of_checkpoint(path, recipe, value_of(args, "data")), *args[1:]]
     return args
 
 
 def with_files_to_predict(args: list[str]) -> list[str]:
     """What names files to predict names the data module that reads them, whichever the model was trained on."""
-    if args[:1] != ["predict"] or chosen_data(args):
-        return args
-    for position, word in enumerate(args):
-        if (key := word.split("=")[0]) in READS:
-            return [*args[:position], f"--data={READS[key]}", *args[position:]]
+    if args[:1] == ["predict"] and not value_of(args, "data"):
+        for position, word in enumerate(args):
+            if (key := word.partition("=")[0]) in READS:
+                return [*args[:position], f"--data={READS[key]}", *args[position:]]
     return args
-
-
-def chosen_data(args: list[str]) -> str | None:
-    """The data module that a command line names."""
-    for word, following in zip(args, [*args[1:], None], strict=True):
-        if word.split("=")[0] == "--data":
-            return word.removeprefix("--data=") if "=" in word else following
-    return None
 
 
 def options_of_checkpoint(path: str, recipe: str, chosen: str | None) -> list[str]:

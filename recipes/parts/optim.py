@@ -30,7 +30,7 @@ def build_optimizer(
     """Builds an optimiser whose groups carry their real learning rates: that of `optimizer` times `lr_scale`.
 
     `optimizer` is called twice, at first with a throw-away parameter, to see what it builds. L-BFGS knows but one
-    group and gets one. Rprop heeds its learning rate in the first step alone.
+    group and gets one. Rprop uses its learning rate in the first step alone.
 
     A fused optimiser would unscale float16 gradients by itself, after all hooks that read or clip them. That is
     switched off: `GradScaler` unscales before the hooks, as for any other optimiser.

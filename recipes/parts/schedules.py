@@ -387,7 +387,7 @@ class OneCycle(Schedule):
     def turning_points(self) -> dict[str, int]:
         """End of the warm-up, and the step nearest to the peak."""
         top = self.up_share * (self.total_steps - self.warmup_steps) - 1.0
-        return super().turning_points() | {"learning rate peaks": self.warmup_steps + max(round(top), 0)}
+        return super().turning_points() | {"peak": self.warmup_steps + max(round(top), 0)}
 
 
 class Plateau(Schedule):
@@ -401,7 +401,7 @@ class Plateau(Schedule):
         monitor: Name of the metric to observe, as logged.
         mode: Whether smaller (`min`) or larger (`max`) values are better.
         drop: What the learning rate is multiplied by each time, above 0.0 and below 1.0.
-        patience: Validations without improvement that are borne; the next one lowers the learning rate.
+        patience: Validations without improvement to wait for; the next one lowers the learning rate.
         threshold: Least improvement that counts, as a share of the best value so far.
         min_factor: The learning rate stays at or above this share of the base learning rate, 0.0 to 1.0.
     """

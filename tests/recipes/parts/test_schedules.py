@@ -320,7 +320,7 @@ def test_turning_points() -> None:
     assert Step(make_optimizer(), T).turning_points() == {"drop 1": 20, "drop 2": 40}
     pieces = Piecewise(make_optimizer(), T, [(0, 0.5), (0.5, 0.1)])
     assert pieces.turning_points() == {"piece 1 at 0.5": 0, "piece 2 at 0.1": 30}
-    assert OneCycle(make_optimizer(), T).turning_points() == {"rate peaks": 17}
+    assert OneCycle(make_optimizer(), T).turning_points() == {"peak": 17}
     assert Plateau(make_optimizer(), T, warmup=0.5).turning_points() == {"warm-up ends": 30}
 
 
@@ -335,7 +335,7 @@ def test_the_rate_changes_where_the_turning_points_say(cls: type[Schedule]) -> N
         elif name == "decay begins":
             assert factors[step] == 1.0 > factors[step + 1] and not any(slopes[:step])
         else:
-            assert factors[step] == {"rate peaks": max, "decay ends": min}[name](factors)
+            assert factors[step] == {"peak": max, "decay ends": min}[name](factors)
 
 
 @pytest.mark.parametrize(
