@@ -49,12 +49,12 @@ def macro_f1(confusion: Tensor) -> Tensor:
     return scores.f1.sum(-1) / present.sum(-1).clamp(min=1)
 
 
-def worst_pairs(confusion: Tensor) -> list[tuple[int, int, int]]:
-    """True class, predicted class and count of the ten most frequent confusions."""
+def worst_pairs(confusion: Tensor, most: int = 10) -> list[tuple[int, int, int]]:
+    """True class, predicted class and count of the most frequent confusions."""
     wrong = confusion.clone().fill_diagonal_(0)
     counts, cells = wrong.flatten().sort(descending=True, stable=True)
     width = len(confusion)
-    chosen = zip(cells[:10].tolist(), counts[:10].tolist(), strict=True)
+    chosen = zip(cells[:most].tolist(), counts[:most].tolist(), strict=True)
     return [(cell // width, cell % width, count) for cell, count in chosen if count]
 
 

@@ -291,19 +291,19 @@ def test_an_interrupted_fit_leaves_no_hooks(name: str) -> None:
 
 
 class Used(Callback):
-    """The rates that updates have used."""
+    """The learning rates that updates have used."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.rates: list[list[float]] = []
+        self.lrs: list[list[float]] = []
         optimizer = trainer.optimizers[0]
         optimizer.register_step_pre_hook(self.look)
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
-        self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        self.lrs.append([float(group["lr"]) for group in optimizer.param_groups])
 
 
 class WarmUp(Callback):
-    """Scales rates around the update, first of all callbacks, as LRWarmup does."""
+    """Scales learning rates around the update, first of all callbacks, as LRWarmup does."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = trainer.optimizers[0]
@@ -313,8 +313,8 @@ class WarmUp(Callback):
     def scale(self, optimizer: Optimizer, step: int) -> None:
         self.own = [float(group["lr"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            rate = group["lr"] * min(1.0, (step + 1) / 4)
-            group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else group.update(lr=rate)
+            lr = group["lr"] * min(1.0, (step + 1) / 4)
+            group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else group.update(lr=lr)
 
     def put_back(self, optimizer: Optimizer, *_: Any) -> None:
         for group, own in zip(optimizer.param_groups, self.own, strict=True):
@@ -322,27 +322,27 @@ class WarmUp(Callback):
 
 
 def schedule(base: float = 0.5) -> list[float]:
-    """The rates of the recursive schedule, alone."""
+    """The learning rates of the recursive schedule, alone."""
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=base)
-    cosine, rates = CosineAnnealingLR(optimizer, 8), []
+    cosine, lrs = CosineAnnealingLR(optimizer, 8), []
     for _ in range(8):
-        rates.append(optimizer.param_groups[0]["lr"])
+        lrs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         cosine.step()
-    return rates
+    return lrs
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-@pytest.mark.parametrize("minimum", [0.1, 0.5])  # 0.5 is the base rate itself
+@pytest.mark.parametrize("minimum", [0.1, 0.5])  # 0.5 is the base learning rate itself
 def test_rates_are_bounded_in_the_update_alone_and_schedules_and_warm_ups_go_on(tensor: bool, minimum: float) -> None:
     used, maximum = Used(), max(minimum, 0.4)
     net = Net(partial(SGD, lr=torch.tensor(0.5) if tensor else 0.5), scheduled=True)
     plan = trainer(WarmUp(), RateBounds(minimum, maximum), used)
     plan.fit(net, loader())
-    warmed = [rate * min(1.0, (step + 1) / 4) for step, rate in enumerate(schedule())]
-    wanted = [min(max(rate, minimum), maximum) for rate in warmed]
-    assert [rates[0] for rates in used.rates] == pytest.approx(wanted)
-    assert [rates[1] for rates in used.rates] == pytest.approx(wanted)
+    warmed = [lr * min(1.0, (step + 1) / 4) for step, lr in enumerate(schedule())]
+    wanted = [min(max(lr, minimum), maximum) for lr in warmed]
+    assert [lrs[0] for lrs in used.lrs] == pytest.approx(wanted)
+    assert [lrs[1] for lrs in used.lrs] == pytest.approx(wanted)
     assert float(plan.optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.0, abs=1e-9)  # the end of the cosine
 
 
@@ -350,11 +350,11 @@ def test_only_the_groups_of_the_pattern_are_bounded_and_the_monitor_shows_the_sc
     used, logger = Used(), CSVLogger(".", name="", version="")
     bounds = [RateBounds(maximum=0.2, pattern="^body$"), RateBounds(0.3, pattern="^head$")]
     fit(*bounds, used, LearningRateMonitor(), net=Net(scheduled=True), logger=logger, log_every_n_steps=1)
-    rates = schedule()
-    assert [body for body, _ in used.rates] == pytest.approx([min(rate, 0.2) for rate in rates])
-    assert [head for _, head in used.rates] == pytest.approx([max(rate, 0.3) for rate in rates])
+    lrs = schedule()
+    assert [body for body, _ in used.lrs] == pytest.approx([min(lr, 0.2) for lr in lrs])
+    assert [head for _, head in used.lrs] == pytest.approx([max(lr, 0.3) for lr in lrs])
     rows = csv.DictReader(Path("metrics.csv").read_text().splitlines())
-    assert [float(row["lr-SGD/body"]) for row in rows] == pytest.approx(rates)
+    assert [float(row["lr-SGD/body"]) for row in rows] == pytest.approx(lrs)
 
 
 def test_the_log_says_when_a_bound_begins_and_ends(caplog: pytest.LogCaptureFixture) -> None:
@@ -368,7 +368,7 @@ def test_a_frozen_group_is_left_alone() -> None:
     net, used = Net(), Used()
     net.head.requires_grad_(False)
     fit(RateBounds(maximum=0.1), used, net=net)
-    assert used.rates == [[0.1, 0.5]] * 8
+    assert used.lrs == [[0.1, 0.5]] * 8
 
 
 @pytest.mark.parametrize("tensor", [False, True])

@@ -78,15 +78,15 @@ class TestOtherProjects:
 
     def test_warmup(self, project: Any) -> None:
         module, train = project()
-        rates = []
+        lrs = []
 
         class Watching(LRWarmup):
             def on_after_backward(self, trainer: Any, pl_module: LightningModule) -> None:
-                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+                lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
                 super().on_after_backward(trainer, pl_module)
 
         quiet(callbacks=[Watching(steps=4)], max_epochs=2, limit_val_batches=1).fit(module, train, train)
-        assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+        assert lrs == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3, 1e-3])
 
     def test_ewc(self, project: Any, tmp_path: Path) -> None:
         module, train = project()

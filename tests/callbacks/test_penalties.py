@@ -23,7 +23,7 @@ SEARCH = partial(LBFGS, line_search_fn="strong_wolfe")
 
 
 class Net(LightningModule):
-    """Norms, a tied weight, a frozen layer in the middle, a layer that is never used, groups of two rates."""
+    """Norms, a tied weight, a frozen layer in the middle, a layer that is never used, groups of two learning rates."""
 
     def __init__(self, optimizer: Build = PLAIN) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class Net(LightningModule):
         body = [p for p in self.parameters() if all(p is not other for other in head)]
         if self.build in (LBFGS, SEARCH):
             return self.build(list(self.parameters()))
-        rate = self.build.keywords["lr"]  # type: ignore[attr-defined]
-        return self.build([{"params": body}, {"params": head, "lr": 3 * rate}])
+        lr = self.build.keywords["lr"]  # type: ignore[attr-defined]
+        return self.build([{"params": body}, {"params": head, "lr": 3 * lr}])
 
 
 def loader(batch: int = 4) -> DataLoader[Any]:
@@ -164,11 +164,11 @@ def test_at_its_anchor_a_weight_is_not_moved_by_a_bit() -> None:
 def test_the_rate_of_the_update_counts_not_the_one_put_back_after_it() -> None:
     net = Net()
     optimizer = net.configure_optimizers()
-    rates = [group["lr"] for group in optimizer.param_groups]
+    lrs = [group["lr"] for group in optimizer.param_groups]
 
     def set_rates(optimizer: Optimizer, factor: float) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr * factor
 
     optimizer.register_step_pre_hook(lambda optimizer, *_: set_rates(optimizer, 0.1))
     optimizer.register_step_post_hook(lambda optimizer, *_: set_rates(optimizer, 1.0))
@@ -179,8 +179,8 @@ def test_the_rate_of_the_update_counts_not_the_one_put_back_after_it() -> None:
         p.grad = torch.zeros_like(p)  # what is frozen may have one left over
     optimizer.step()
     for name, p in net.named_parameters():
-        rate = 0.0 if "frozen" in name else 0.03 if "head" in name else 0.01
-        torch.testing.assert_close(p.detach(), nn.functional.softshrink(before[name], rate * 0.5), rtol=0, atol=1e-8)
+        lr = 0.0 if "frozen" in name else 0.03 if "head" in name else 0.01
+        torch.testing.assert_close(p.detach(), nn.functional.softshrink(before[name], lr * 0.5), rtol=0, atol=1e-8)
 
 
 # fits

@@ -1,4 +1,4 @@
-"""The rate used is schedule(t) x ramp(t), exactly, whatever the schedule and however the run is made."""
+"""The learning rate used is schedule(t) x ramp(t), exactly, whatever the schedule and however the run is made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.nets import Net, data, fit, same, without_dropout
 
 
 class Rates(Callback):
-    """The rates and momenta that each optimiser step really used, and those a monitor would show."""
+    """The learning rates and momenta that each optimiser step really used, and those a monitor would show."""
 
     def __init__(self) -> None:
         self.used: list[list[float]] = []
@@ -76,9 +76,9 @@ SCHEDULES: dict[str, Any] = {
 
 
 def used(callbacks: list[Any], net: Net, **options: Any) -> Rates:
-    rates = Rates()
-    fit([*callbacks, rates], net, **options)
-    return rates
+    lrs = Rates()
+    fit([*callbacks, lrs], net, **options)
+    return lrs
 
 
 # The ramp
@@ -111,14 +111,14 @@ def test_rate_is_schedule_times_ramp_to_the_last_bit(name: str, interval: str) -
     plain = used([], net()).used
     warm = used([LRWarmup(steps=20)], net())
     assert len(plain) == 48
-    assert warm.used == [[rate * ramp(t, 20) for rate in rates] for t, rates in enumerate(plain)]
+    assert warm.used == [[lr * ramp(t, 20) for lr in lrs] for t, lrs in enumerate(plain)]
     assert warm.shown == warm.used  # what LearningRateMonitor sees
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW, partial(torch.optim.LBFGS, lr=0.1, max_iter=2)])
-def test_the_update_is_made_at_the_rate_that_is_shown(make: Any) -> None:
-    """Lightning's backward pass lies inside the optimiser's step; nothing may put the rate back before the update."""
+def test_the_update_is_made_at_the_learning_rate_that_is_shown(make: Any) -> None:
+    """Lightning's backward pass is part of the optimiser's step; nothing may restore it before the update."""
     ramped = partial(schedulers.LambdaLR, lr_lambda=lambda step: ramp(step, 20))
     assert same(fit([LRWarmup(steps=20)], Net(make, by_block=False)), fit([], Net(make, ramped, by_block=False)))
 
@@ -127,8 +127,8 @@ def test_transformers_own_schedule() -> None:
     transformers = pytest.importorskip("transformers")
     linear = partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=0, num_training_steps=48)
     plain, warm = used([], Net(SGD, linear)).used, used([LRWarmup(share=0.25)], Net(SGD, linear)).used
-    assert warm == [[rate * ramp(t, 12) for rate in rates] for t, rates in enumerate(plain)]
-    assert min(map(min, warm)) > 0.0  # theirs begins with a step at a rate of 0, ours does not
+    assert warm == [[lr * ramp(t, 12) for lr in lrs] for t, lrs in enumerate(plain)]
+    assert min(map(min, warm)) > 0.0  # theirs begins with a step at a learning rate of 0, ours does not
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_optimiser_steps_are_counted(accumulate: int, precision: str) -> None:
     cosine = partial(schedulers.CosineAnnealingLR, T_max=16)
     plain, warm = (used(c, Net(SGD, cosine), **options) for c in ([], [LRWarmup(steps=8)]))
     shown = plain.shown[::accumulate]
-    assert warm.used == [[rate * ramp(t, 8) for rate in shown[t]] for t in warm.steps]
+    assert warm.used == [[lr * ramp(t, 8) for lr in shown[t]] for t in warm.steps]
     assert len(warm.used) > 8
 
 
@@ -155,7 +155,7 @@ def test_a_step_that_the_scaler_skips_leaves_the_schedule_alone() -> None:
 
     plain, warm = run([]), run([LRWarmup(steps=20)])
     assert 10 < len(warm.used) < 48
-    assert warm.used == [[rate * ramp(t, 20) for rate in plain.shown[t]] for t in warm.steps]
+    assert warm.used == [[lr * ramp(t, 20) for lr in plain.shown[t]] for t in warm.steps]
 
 
 def test_lbfgs() -> None:
@@ -192,7 +192,7 @@ def test_a_rate_that_is_a_tensor() -> None:
 
     tensors: set[int] = set()
     warm = used([LRWarmup(steps=4), Same()], Tensors()).used
-    assert [rate for (rate,) in warm[:6]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert [lr for (lr,) in warm[:6]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
     assert len(tensors) == 1  # a compiled step reads this very one
 
 
@@ -210,18 +210,18 @@ def test_the_monitor_sees_the_rate_wherever_it_stands(tmp_path: Path) -> None:
 
 def test_blocks_that_open_later_warm_up_from_their_opening() -> None:
     unfreezing = GradualUnfreezing(every_steps=10)
-    rates = used([LRWarmup(steps=4), unfreezing], Net(SGD))
+    lrs = used([LRWarmup(steps=4), unfreezing], Net(SGD))
     opened = [40, 40, 30, 30, 20, 20, 10, 10, 0, 0]  # stem to head, each with a group of no decay
     base = [1e-2 * 0.9 ** (4 - n // 2) for n in range(10)]
-    for t, seen in enumerate(rates.used):
+    for t, seen in enumerate(lrs.used):
         expected = [b * ramp(t - o, 4) if t >= o else 0.0 for b, o in zip(base, opened, strict=True)]
         assert seen == expected, t
-    assert rates.shown == rates.used
+    assert lrs.shown == lrs.used
 
 
 def test_one_clock_for_all_by_choice() -> None:
-    rates = used([LRWarmup(steps=4, per_block=False), GradualUnfreezing(every_steps=10)], Net(SGD, by_block=False))
-    assert [r for (r,) in rates.used] == [1e-3 * ramp(t, 4) for t in range(48)]
+    lrs = used([LRWarmup(steps=4, per_block=False), GradualUnfreezing(every_steps=10)], Net(SGD, by_block=False))
+    assert [r for (r,) in lrs.used] == [1e-3 * ramp(t, 4) for t in range(48)]
 
 
 def test_a_flat_optimizer_is_refused_with_a_way_out() -> None:
@@ -311,9 +311,9 @@ def test_what_cannot_work_is_refused() -> None:
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 6), (3, 9), (0.5, 2)])  # 1.5 steps are rounded to 2
 def test_a_short_last_accumulation_is_a_step_of_the_warmup(epochs: float, steps: int) -> None:
     warmup = LRWarmup(epochs=epochs)
-    rates = used([warmup], Net(SGD), train=data(40), accumulate_grad_batches=4, max_epochs=4)  # 10 batches
+    lrs = used([warmup], Net(SGD), train=data(40), accumulate_grad_batches=4, max_epochs=4)  # 10 batches
     assert warmup.length == steps
-    assert [used[-1] for used in rates.used] == pytest.approx([1e-2 * ramp(t, steps) for t in range(12)])
+    assert [used[-1] for used in lrs.used] == pytest.approx([1e-2 * ramp(t, steps) for t in range(12)])
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
@@ -324,11 +324,11 @@ def test_a_resume_with_another_batch_size(tmp_path: Path, batch: int, length: di
     save = ModelCheckpoint(dirpath=tmp_path, filename="one", save_on_train_epoch_end=True)
     fit([LRWarmup(**length), save, StopAt(12)], Net(SGD), enable_checkpointing=True)
     warmup, per_epoch = LRWarmup(**length), 48 // batch
-    rates = used([warmup], Net(SGD), train=data(48, batch), ckpt_path=tmp_path / "one.ckpt")
+    lrs = used([warmup], Net(SGD), train=data(48, batch), ckpt_path=tmp_path / "one.ckpt")
     total = 12 + 3 * per_epoch
     wanted = {"epochs": 12 + (length.get("epochs", 0) - 1) * per_epoch, "share": total / 2, "steps": 15}[min(length)]
     assert warmup.length == round(wanted)
-    assert [used[-1] for used in rates.used] == pytest.approx([1e-2 * ramp(t, round(wanted)) for t in range(12, total)])
+    assert [used[-1] for used in lrs.used] == pytest.approx([1e-2 * ramp(t, round(wanted)) for t in range(12, total)])
 
 
 class Stream(IterableDataset[Any]):
@@ -346,9 +346,9 @@ def test_data_without_a_length_need_none_for_steps(run: dict[str, Any]) -> None:
     warmup = LRWarmup(steps=4)
     unfreezing = GradualUnfreezing(every_steps=3, blocks_per_phase=2)
     train = DataLoader(Stream(), batch_size=4)
-    rates = used([warmup, unfreezing, StopAt(20)], Net(SGD), train=train, **run)
+    lrs = used([warmup, unfreezing, StopAt(20)], Net(SGD), train=train, **run)
     assert unfreezing.opening_steps == [0, 3, 6]
-    assert [used[-1] for used in rates.used][:6] == pytest.approx([1e-2 * ramp(t, 4) for t in range(6)])
+    assert [used[-1] for used in lrs.used][:6] == pytest.approx([1e-2 * ramp(t, 4) for t in range(6)])
 
 
 class StopAt(Callback):

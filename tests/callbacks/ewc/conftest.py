@@ -46,7 +46,7 @@ class Net(LightningModule):
 
     def __init__(
         self,
-        rate: float = 0.1,
+        lr: float = 0.1,
         dropout: float = 0.0,
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         classes: int = 3,
@@ -56,7 +56,7 @@ class Net(LightningModule):
             nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 16), nn.BatchNorm1d(16)
         )
         self.head = nn.Linear(16, classes)
-        self.rate, self.optimizer = rate, optimizer
+        self.lr, self.optimizer = lr, optimizer
         self.seen: list[dict[str, float]] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class Net(LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": self.body.parameters(), "lr": self.rate / 2}, {"params": self.head.parameters()}]
-        return self.optimizer(groups) if self.optimizer else torch.optim.SGD(groups, lr=self.rate)
+        groups = [{"params": self.body.parameters(), "lr": self.lr / 2}, {"params": self.head.parameters()}]
+        return self.optimizer(groups) if self.optimizer else torch.optim.SGD(groups, lr=self.lr)
 
 
 def task(which: int, samples: int = 64, classes: int = 3) -> TensorDataset:
@@ -120,6 +120,6 @@ class Noisy(Dataset[Any]):
 def still() -> Net:
     """A net that training leaves as it is."""
     torch.manual_seed(5)
-    model = Net(rate=0.0)
+    model = Net(lr=0.0)
     model.body[4].momentum = 0.0
     return model

@@ -83,7 +83,7 @@ def test_gradient_mode_is_the_penalty_everyone_writes() -> None:
     model, path = learnt()
     memory, start = load_memory(path), copy.deepcopy(model)
 
-    def add(parameters: dict[str, nn.Parameter], rate: float) -> None:
+    def add(parameters: dict[str, nn.Parameter], lr: float) -> None:
         penalty(parameters, memory.anchor, memory.fisher, 20.0).backward()
 
     fit(model, 1, EWC(20.0, "gradient", load=path))
@@ -95,10 +95,10 @@ def test_proximal_mode_follows_the_learning_rate_of_each_group() -> None:
     model, path = learnt()
     memory, start = load_memory(path), copy.deepcopy(model)
 
-    def pull(parameters: dict[str, nn.Parameter], rate: float) -> None:
+    def pull(parameters: dict[str, nn.Parameter], lr: float) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
-                c = 20.0 * (rate if name.startswith("head") else rate / 2)
+                c = 20.0 * (lr if name.startswith("head") else lr / 2)
                 p.copy_((p + c * memory.fisher[name] * memory.anchor[name]) / (1 + c * memory.fisher[name]))
 
     fit(model, 1, EWC(20.0, load=path))
@@ -107,7 +107,7 @@ def test_proximal_mode_follows_the_learning_rate_of_each_group() -> None:
 
 
 class Ramp(Callback):
-    """As a warm-up does: scales rates before the update and puts them back before others' hooks run after it."""
+    """As a warm-up does: scales learning rates before the update, restores them before others' hooks run after it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def scale(optimizer: Any, *args: Any) -> None:
@@ -125,7 +125,7 @@ class Ramp(Callback):
 def test_a_warm_up_counts_in_the_proximal_step() -> None:
     model, path = learnt()
     slow, ramped = copy.deepcopy(model), copy.deepcopy(model)
-    slow.rate = 0.025
+    slow.lr = 0.025
     fit(slow, 1, EWC(100.0, load=path))
     fit(ramped, 1, Ramp(), EWC(100.0, load=path))
     assert all(torch.equal(t, weights(slow)[name]) for name, t in weights(ramped).items())

@@ -13,14 +13,14 @@ from callbacks.report.evaluation import label_evaluation, score_evaluation
 from callbacks.report.outputs import Predictions, load_predictions
 
 
-def run(steps: int, rates: Any, validations: int = 1, **changes: Any) -> dict[str, Any]:
-    """A report of a fit of so many steps; `rates` gives those of both groups at a step."""
+def run(steps: int, lrs: Any, validations: int = 1, **changes: Any) -> dict[str, Any]:
+    """A report of a fit of so many steps; `lrs` gives those of both groups at a step."""
     every = max(1, steps // 100)
     found = some(changes.pop("classes", 3), **changes)
     marks = range(0, steps, every)
     found["curves"] = {
         "points": [{"step": step, "loss": 1 / (1 + step)} for step in marks],
-        "rates": [{"step": step, "lr": dict(zip(("$body$", "head_1"), rates(step), strict=True))} for step in marks],
+        "rates": [{"step": step, "lr": dict(zip(("$body$", "head_1"), lrs(step), strict=True))} for step in marks],
         "groups": ["$body$", "head_1"],
         "validations": [
             {"step": steps * (n + 1) // validations, "epoch": n, "metrics": {"val/loss": 0.5, "val/accuracy": 0.99994}}

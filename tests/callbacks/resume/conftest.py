@@ -101,9 +101,9 @@ class Trace(Callback):
         loop = trainer.fit_loop.epoch_loop
         numbers = [trainer.current_epoch, batch_idx, trainer.global_step, trainer.fit_loop.total_batch_idx]
         content = sum(t.double().sum().item() for t in tensors)
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
         drawn = torch.rand(()).item(), random.random(), float(np.random.rand())
-        self.events.append(("batch", *numbers, loop.batch_progress.is_last_batch, content, rate, *drawn))
+        self.events.append(("batch", *numbers, loop.batch_progress.is_last_batch, content, lr, *drawn))
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.events.append(("batch end", trainer.global_step))

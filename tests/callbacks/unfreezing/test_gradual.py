@@ -356,7 +356,7 @@ def test_swa_survives_an_opening() -> None:
 
 
 def test_groups_learning_rates_and_decay_stay_as_configured() -> None:
-    """No group is added, no rate overwritten, no bias decayed, no fresh norm left out."""
+    """No group is added, no learning rate overwritten, no bias decayed, no fresh norm left out."""
 
     class Look(Callback):
         def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
