@@ -32,7 +32,7 @@ from ..sampling.samplers import EpochSampler, LengthSampler, ranks_of
 from ..sampling.splits import check_state, split_state, split_train
 from .cache import cached_map
 from .inspection import inspect_texts
-from .tokens import Texts, TokenBatches, Tokens, histogram, surface_form
+from .tokens import Texts, TokenBatches, Tokens, WholeBatches, histogram, surface_form
 
 log = logging.getLogger(__name__)
 ProblemType: TypeAlias = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -305,7 +305,8 @@ class TextDataModule(LightningDataModule):
     def _loader(self, split: str, *, train: bool = False) -> DataLoader[Batch]:
         world, rank = ranks_of(self.trainer)
         sampler = self._sampler(split, train=train, world=world, rank=rank)
-        return DataLoader(self._dataset(split), sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
+        whole = WholeBatches(self._dataset(split))
+        return DataLoader(whole, sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def _in_order(self, split: str, world: int | None = None, rank: int = 0) -> DataLoader[Batch]:
         if world is None:

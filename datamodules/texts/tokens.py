@@ -97,9 +97,6 @@ class TokenBatches(Dataset[Batch]):
     def padded(self, length: Any) -> Any:
         return np.minimum(-(-length // MULTIPLE) * MULTIPLE, self.max_length)
 
-    def __getitem__(self, draws: list[Draw]) -> Batch:  # of a sampler that draws whole batches
-        return self.__getitems__(draws)
-
     def __getitems__(self, draws: list[Draw]) -> Batch:
         index, labels = drawn_labels(draws, self.texts.labels)
         rows = index if self.texts.rows is None else self.texts.rows[index]
@@ -120,6 +117,19 @@ class TokenBatches(Dataset[Batch]):
         if self.tokens.beside:
             batch["token_type_ids"] = torch.from_numpy(columns[1])
         return batch
+
+
+class WholeBatches(Dataset[Batch]):
+    """For a sampler that draws whole batches; a `__getitem__` of `TokenBatches` would seem to take single samples."""
+
+    def __init__(self, batches: TokenBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, draws: list[Draw]) -> Batch:
+        return self.batches.__getitems__(draws)
 
 
 def surface_form(token: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.utils.data import Dataset
 
+from datamodules.images.batches import Decoding, InMemory, Precomputed
 from datamodules.sampling.draws import Draw, collate_whole, drawn_labels
 from datamodules.sampling.seeds import counter_uniform, hash_seed
+from datamodules.texts.tokens import TokenBatches
 
 
 def test_a_repeated_sample_is_augmented_anew() -> None:
@@ -28,3 +32,10 @@ def test_what_only_fills_up_a_batch_has_no_label() -> None:
 def test_a_whole_batch_is_collated_as_it_is() -> None:
     batch = {"index": torch.arange(3)}
     assert collate_whole(batch) is batch
+
+
+@pytest.mark.parametrize("kind", [InMemory, Decoding, Precomputed, TokenBatches])
+def test_a_data_set_of_whole_batches_knows_no_single_samples(kind: type) -> None:
+    """Whoever takes samples of any data set sees by this how to ask: EWC does."""
+    assert kind.__getitem__ is Dataset.__getitem__  # type: ignore[attr-defined]
+    assert callable(kind.__getitems__)  # type: ignore[attr-defined]
