@@ -159,6 +159,7 @@ def test_it_acts(name: str) -> None:
     assert not equal(weights(run([make(name)])), weights(run([])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WATCH - {"ExactResume"}))
 def test_it_leaves_weights_alone(name: str) -> None:
     assert equal(weights(run([make(name)])), weights(run([])))

@@ -330,6 +330,7 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
     assert torch.equal(net.head.weight, ema.kept["head.weight"].bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # inside torch.compile
 def test_a_compiled_module_is_validated_with_the_average() -> None:
     raw = Raw()

@@ -346,6 +346,7 @@ class Save(Callback):
         torch.save(weights(pl_module), self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 @every
 def test_two_ranks_are_equal_and_what_one_process_gives(name: str, tmp_path: Path) -> None:
     fit(EVERY[name](), Save(tmp_path), devices=2, strategy="ddp_fork", use_distributed_sampler=False)

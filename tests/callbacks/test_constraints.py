@@ -228,6 +228,7 @@ SETS = {"constrain": three, "bounds": lambda: [RateBounds(0.01, 0.05)]}
 sets = pytest.mark.parametrize("name", SETS)
 
 
+@pytest.mark.slow
 @sets
 def test_two_ranks_are_equal_and_what_one_process_gives(name: str, tmp_path: Path) -> None:
     class Save(Callback):

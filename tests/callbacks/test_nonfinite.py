@@ -240,6 +240,7 @@ def test_a_step_of_one_argument_and_a_dictionary_will_do() -> None:
     assert "not finite is parts.0 (Scale)" in message(Short(Scale(math.inf)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, while it compiles
 def test_the_inside_of_a_compiled_module_is_seen_without_compiling_anew() -> None:
     graphs: list[Any] = []

@@ -319,6 +319,7 @@ class Save(Callback):
         torch.save(weights(pl_module), self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 @every
 def test_two_ranks_are_equal_and_what_one_process_gives(name: str, tmp_path: Path) -> None:
     net = Net()

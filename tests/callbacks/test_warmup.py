@@ -239,6 +239,7 @@ def test_blocks_that_open_together_may_share_a_group() -> None:
 # Resuming, and refusing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("name", ["none", "cosine", "one-cycle", "sequential"])
 def test_resume_goes_on_bitwise(tmp_path: Path, name: str, epoch: int) -> None:
@@ -316,6 +317,7 @@ def test_a_short_last_accumulation_is_a_step_of_the_warmup(epochs: float, steps:
     assert [used[-1] for used in lrs.used] == pytest.approx([1e-2 * ramp(t, steps) for t in range(12)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize("batch", [1, 4, 24])
 @pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": 1.5}, {"share": 0.5}, {"steps": 15}])

@@ -33,6 +33,7 @@ def test_every_row_is_found_with_its_label_and_its_name(shards: str) -> None:
     assert np.array_equal(np.array(images.read(58)), np.array(stored[21]["image"]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_change_nothing(shards: str) -> None:
     def rows(workers: int) -> list[int]:

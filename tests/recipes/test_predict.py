@@ -264,7 +264,7 @@ def test_what_a_killed_run_left_is_not_gone_on_with_for_something_else(
         return capsys.readouterr().err.split("error: ")[-1]
 
     assert "made with model.top_k 1, and it is 2 now: name another file" in refused("--model.top_k=2")
-    assert "made with data.eval_batch_size 100, and it is 50 now" in refused("--data.eval_batch_size=50")
+    assert f"made with data.eval_batch_size {BATCH}, and it is 50 now" in refused("--data.eval_batch_size=50")
     other = shutil.copy(few / "0001.jpg", few / "0009.jpg")
     assert "made of another list of inputs" in refused()
     Path(other).unlink()

@@ -347,6 +347,7 @@ def test_a_metric_that_is_not_logged_is_named(capsys: pytest.CaptureFixture[str]
     assert "'val/los' is not logged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_broken_pictures_in_a_worker_get_a_sentence(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folder(own_folder / "pictures", each=6)
     broken = root / "train" / "class_0" / "0.jpg"
@@ -362,6 +363,7 @@ def test_broken_pictures_in_a_worker_get_a_sentence(own_folder: Path, capsys: py
     assert "1 skipped that cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_the_last_though_nothing_improves() -> None:
     cli = main([*QUICK, "--trainer.max_epochs=3", "--model.optimizer.lr=1e-9", "--trainer.limit_train_batches=2"])
     checkpoints = Path(cli.trainer.log_dir or "") / "checkpoints"
@@ -369,6 +371,7 @@ def test_the_last_checkpoint_is_the_last_though_nothing_improves() -> None:
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_resumed_run_keeps_its_folder_and_its_best(own_folder: Path) -> None:
     first = main([*QUICK, "--trainer.max_epochs=2"])
@@ -384,6 +387,7 @@ def test_a_resumed_run_keeps_its_folder_and_its_best(own_folder: Path) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None
 
 
+@pytest.mark.slow
 def test_a_config_in_the_working_folder_is_not_written_over(own_folder: Path) -> None:
     mine = "# mine\nmodel: {backbone: resnet8, image_size: 8}\ndata: {class_path: datamodules.Digits}\n"
     (own_folder / "config.yaml").write_text(mine)
@@ -392,6 +396,7 @@ def test_a_config_in_the_working_folder_is_not_written_over(own_folder: Path) ->
     assert list(own_folder.glob("runs/vision/*/*/checkpoints/best.ckpt"))
 
 
+@pytest.mark.slow
 def test_other_classes_than_the_checkpoints_are_refused(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folder(own_folder / "pictures", ("train", "val", "test"), each=4)
     options = ["--data=ImageFolder", f"--data.root={root}", "--model.weights=null", "--model.image_size=32"]
@@ -404,6 +409,7 @@ def test_other_classes_than_the_checkpoints_are_refused(own_folder: Path, capsys
     assert "the checkpoint's classes are class_0, class_1, class_2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:resumed, but not as if never stopped")  # it is said, and meant
 def test_a_run_that_skips_broken_pictures_can_be_tested_and_resumed(own_folder: Path) -> None:
     root = write_folder(own_folder / "pictures", (), each=12)
@@ -417,6 +423,7 @@ def test_a_run_that_skips_broken_pictures_can_be_tested_and_resumed(own_folder: 
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=2"]).trainer.current_epoch == 2
 
 
+@pytest.mark.slow
 def test_true_half_precision_runs() -> None:
     cli = main([*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-true"])
     assert cli.model.head.weight.dtype == torch.bfloat16  # type: ignore[union-attr]

@@ -636,6 +636,7 @@ def two_ranks(model: LightningModule, which: int, *callbacks: Callback, **kwargs
     Trainer(**{**options, "callbacks": list(callbacks), **kwargs}).fit(model, loader(which, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["exact", "signs"])
 @pytest.mark.parametrize("samples", [33, None])
 def test_fisher_is_the_same_over_two_ranks(estimator: Any, samples: int | None) -> None:
@@ -648,6 +649,7 @@ def test_fisher_is_the_same_over_two_ranks(estimator: Any, samples: int | None) 
     assert largest_difference(two.fisher, one.fisher) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["proximal", "gradient"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_ranks_stay_equal(mode: Any, accumulate: int) -> None:

@@ -67,6 +67,7 @@ def test_classes_that_are_masked_out_do_no_harm(estimator: Any) -> None:
         torch.testing.assert_close(spread, expected)
 
 
+@pytest.mark.slow
 def test_draws_are_unbiased_and_seeded() -> None:
     model, x, expected = regression()
 

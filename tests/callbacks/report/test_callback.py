@@ -22,6 +22,7 @@ from tests.callbacks.report.conftest import QUICK, check_page, loaded, read
 from tests.nets import Net, data, fit, quiet
 
 
+@pytest.mark.slow
 def test_it_works_in_a_module_that_knows_nothing_of_it(own_folder: Path) -> None:
     report = Report("page")
     net = fit([report])
@@ -119,6 +120,7 @@ def test_a_fit_that_is_stopped_by_hand_leaves_a_page(own_folder: Path, way: str)
     check_page(own_folder / "page")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # forked in a test
 def test_two_ranks_agree_on_the_trainers_own_folder(own_folder: Path) -> None:
     logger = CSVLogger(own_folder, name="logs", version="0")
@@ -151,6 +153,7 @@ def fitted_and_tested(net: Any, loader: Any) -> Any:
     return read(Path("page"))
 
 
+@pytest.mark.slow
 def test_scores_of_a_stranger_are_evaluated(own_folder: Path) -> None:
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -174,6 +177,7 @@ def test_scores_of_a_stranger_are_evaluated(own_folder: Path) -> None:
     assert read(own_folder / "page")["scores"] is None, "a logit, perhaps"
 
 
+@pytest.mark.slow
 def test_several_labels_of_a_stranger_are_evaluated(own_folder: Path) -> None:
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -353,6 +357,7 @@ def test_an_earlier_run_in_the_same_folder_is_not_this_one(own_folder: Path) -> 
     assert (own_folder / "page" / "report.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_page_is_about_the_best_epoch(own_folder: Path) -> None:
     class Scripted(Net):
         def on_validation_epoch_end(self) -> None:

@@ -81,6 +81,7 @@ def test_checkpoints_written_in_odd_places_resume_exactly(data: Any, options: di
     assert resume_everywhere(tmp_path, data, SaveInOddPlaces, **options) == {}
 
 
+@pytest.mark.slow
 def test_a_run_limited_by_steps_resumes_exactly(tmp_path: Path) -> None:
     found = resume_everywhere(tmp_path, max_steps=11, max_epochs=-1)
     over = "batch end 1.3"  # where the last step has been made Lightning does not even start

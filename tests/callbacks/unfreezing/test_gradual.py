@@ -419,6 +419,7 @@ def test_a_compiled_net_trains_what_opens() -> None:
     assert watch.first_change("stem.weight") == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 24])
 @pytest.mark.parametrize(("options", "epochs"), [({"every_epochs": 1}, [0, 1, 2]), ({"over_share": 0.75}, None)])
 def test_a_resume_with_another_batch_size(tmp_path: Path, batch: int, options: Any, epochs: Any) -> None:

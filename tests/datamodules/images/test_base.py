@@ -58,6 +58,7 @@ def test_augmentation_and_order_are_functions_of_seed_and_epoch(every: dict[str,
         assert not torch.equal(epoch(3), epoch(4)), name
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "f")
 

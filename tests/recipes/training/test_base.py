@@ -264,6 +264,7 @@ def test_a_step_resumed_amid_its_batches_is_the_same(own_folder: Path, stop: int
     assert same(whole, again)
 
 
+@pytest.mark.slow
 def test_training_losses_of_an_epoch_are_means_over_all_ranks_samples(own_folder: Path) -> None:
     class Log(Callback):
         def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:

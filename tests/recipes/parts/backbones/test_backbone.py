@@ -39,6 +39,7 @@ def test_auxiliary_branches_give_features_in_training(name: str, branches: list[
     assert not set(branches) & set(order)
 
 
+@pytest.mark.slow
 def test_auxiliary_features_come_in_order_of_depth() -> None:
     backbone = build_backbone("googlenet", aux=True)
     seen: list[Tensor] = []

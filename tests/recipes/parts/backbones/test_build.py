@@ -142,6 +142,7 @@ def test_dropout_goes_with_the_classifier(name: str) -> None:
     assert not [module for module in build_on_meta(name).modules() if isinstance(module, nn.Dropout)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [family for family in FAMILIES if family.min_size > 1 and family.multiple_of == 1],
@@ -180,6 +181,7 @@ def test_vision_transformer_is_built_for_a_size() -> None:
         build_backbone("maxvit_t", image_size=64)
 
 
+@pytest.mark.slow
 def test_auxiliary_branch_of_inception_needs_larger_images() -> None:
     backbone = build_on_meta("inception_v3", aux=True).to("meta")
     backbone.forward_aux(images(backbone, 299))

@@ -61,6 +61,7 @@ def snapshot(backbone: Backbone) -> State:
 
 
 class TestLayouts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".ckpt"])
     @pytest.mark.parametrize("name", [SMALL, "mnasnet0_5", "squeezenet1_1"])
     def test_torchvisions_net(self, tmp_path: Path, name: str, suffix: str) -> None:
