@@ -207,7 +207,9 @@ class L1(_Penalty):
     Args:
         strength: 0.0 or more.
         mode: `proximal` or `gradient`.
-        patterns, exclude, norms_and_biases: As of `L2`.
+        patterns: As of `L2`.
+        exclude: As of `L2`.
+        norms_and_biases: As of `L2`.
 
     Raises:
         ValueError: A pattern matches nothing, or the optimiser is L-BFGS in proximal mode.

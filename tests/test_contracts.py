@@ -58,9 +58,9 @@ WATCH = {
 }  # these leave weights alone
 FOUND: dict[str, type[Callback]] = {
     kind.__name__: kind
-    for info in pkgutil.iter_modules(package.__path__)
-    for kind in vars(importlib.import_module(f"callbacks.{info.name}")).values()
-    if inspect.isclass(kind) and issubclass(kind, Callback) and kind.__module__ == f"callbacks.{info.name}"
+    for info in pkgutil.walk_packages(package.__path__, "callbacks.")
+    for kind in vars(importlib.import_module(info.name)).values()
+    if inspect.isclass(kind) and issubclass(kind, Callback) and kind.__module__ == info.name
     if not kind.__name__.startswith("_")
 }
 NAMES = sorted(FOUND)
