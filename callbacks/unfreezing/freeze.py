@@ -14,7 +14,7 @@ from .messages import count, counted, did_you_mean, say
 from .ranks import is_kind, rewrap
 
 
-class Freezing(Callback):
+class _Freezing(Callback):
     """Keeps parameters frozen and their modules in evaluation mode until the fit is over."""
 
     def __init__(self, frozen_dropout: bool) -> None:
@@ -45,7 +45,7 @@ class Freezing(Callback):
         self.frozen, self.eval_modules = set(), set()
 
 
-class Freeze(Freezing):
+class Freeze(_Freezing):
     """Keeps parts of the network frozen for the whole fit: feature extraction, partial fine-tuning, BitFit.
 
     Frozen means frozen: no gradient, no weight decay, no momentum, and modules all of whose parameters are frozen are

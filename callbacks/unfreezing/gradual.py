@@ -14,13 +14,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from .blocks import Blocks, HasLayerGroups, find_blocks
-from .freeze import Freeze, Freezing, check_alone, close, frozen_modules, is_compiled
+from .freeze import Freeze, _Freezing, check_alone, close, frozen_modules, is_compiled
 from .messages import count, counted, log, say, some
 from .ranks import check_strategy, compare_ranks, is_kind, rewrap
 from .steps import step_at_epoch, steps_of_run, steps_per_epoch
 
 
-class GradualUnfreezing(Freezing):
+class GradualUnfreezing(_Freezing):
     """Opens the network block by block: the last blocks train from the start, the others join later.
 
     A block is a named group of parameters, from the module's own `layer_groups()`, from patterns, or inferred from the
