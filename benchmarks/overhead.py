@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-import recipes.cli.command
+import recipes.cli.defaults
 from benchmarks.measure import write_result
 from recipes.parts.optim import build_optimizer
 from recipes.vision import VisionClassifier, main
@@ -63,8 +63,8 @@ class Clock(Callback):
 def measured(precision: str) -> dict[str, Any]:
     """Milliseconds per step with the recipe, by hand, and their difference."""
     clock = Clock(bf16=precision == "bf16")
-    defaults = recipes.cli.command.RecipeCLI.default_callbacks
-    recipes.cli.command.RecipeCLI.default_callbacks = lambda self, **k: [*defaults(self, **k), clock]  # type: ignore
+    defaults = recipes.cli.defaults.default_callbacks
+    recipes.cli.defaults.default_callbacks = lambda *a, **k: [*defaults(*a, **k), clock]  # type: ignore
     try:
         how = [
             f"--trainer.max_epochs={EPOCHS}",
@@ -73,7 +73,7 @@ def measured(precision: str) -> dict[str, Any]:
         ]
         cli = main(["fit", "--config", "vision/quickstart", *how, *sys.argv[1:]])
     finally:
-        recipes.cli.command.RecipeCLI.default_callbacks = defaults  # type: ignore
+        recipes.cli.defaults.default_callbacks = defaults  # type: ignore
     steps = cli.trainer.num_training_batches
     recipe, bare = ([s / steps * 1e3 for s in seconds[WARM_UP:]] for seconds in (clock.recipe, clock.bare))
     differences = sorted(one - other for one, other in zip(recipe, bare, strict=True))

@@ -188,7 +188,7 @@ def ours(encoder: str, *options: str) -> None:
         start("text", arguments)
         from lightning.pytorch import Callback
 
-        import recipes.cli.command
+        import recipes.cli.defaults
         from recipes.text import main
 
         class Clock(Callback):
@@ -199,8 +199,8 @@ def ours(encoder: str, *options: str) -> None:
                 if trainer.current_epoch == EPOCHS - 1 and not trainer.sanity_checking:
                     report_end()
 
-        defaults = recipes.cli.command.RecipeCLI.default_callbacks
-        recipes.cli.command.RecipeCLI.default_callbacks = lambda self, **k: [Clock(), *defaults(self, **k)]  # type: ignore
+        defaults = recipes.cli.defaults.default_callbacks
+        recipes.cli.defaults.default_callbacks = lambda *a, **k: [Clock(), *defaults(*a, **k)]  # type: ignore
         main(arguments)
 
 

@@ -86,7 +86,7 @@ def ours(root: str, *options: str) -> None:
     start("vision", arguments)
     from lightning.pytorch import Callback
 
-    import recipes.cli.command
+    import recipes.cli.defaults
     from recipes.vision import main
 
     class Clock(Callback):
@@ -97,8 +97,8 @@ def ours(root: str, *options: str) -> None:
             if trainer.current_epoch == 1:  # type: ignore[attr-defined]
                 report_end()
 
-    defaults = recipes.cli.command.RecipeCLI.default_callbacks
-    recipes.cli.command.RecipeCLI.default_callbacks = lambda self, **k: [*defaults(self, **k), Clock()]  # type: ignore
+    defaults = recipes.cli.defaults.default_callbacks
+    recipes.cli.defaults.default_callbacks = lambda *a, **k: [*defaults(*a, **k), Clock()]  # type: ignore
     main(arguments)
 
 
