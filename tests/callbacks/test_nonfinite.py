@@ -200,7 +200,7 @@ def test_an_input_is_named_with_its_key_its_row_and_its_sample(planted: float) -
     assert wanted in text and "learning rate" not in text
     x, y = data()
     x[9, 0] = planted
-    assert "batch[0], row 1; look at" in message(Net(), DataLoader(TensorDataset(x, y), batch_size=4))
+    assert "batch[0], row 1; check the data" in message(Net(), DataLoader(TensorDataset(x, y), batch_size=4))
 
 
 def test_what_is_random_is_found_with_the_same_random_numbers() -> None:
