@@ -103,14 +103,11 @@ def check_siblings() -> None:
     home = Path(__file__).resolve().parents[2]
     for package in ("callbacks", "datamodules"):
         spec = importlib.util.find_spec(package)
-        found = Path(
-            (spec.origin and Path(spec.origin).parent) or next(iter(spec.submodule_search_locations or ["."]))
-            if spec
-            else "."
-        ).resolve()
+        assert spec is not None, f"{package} is installed with recipes"
+        found = Path(next(iter(spec.submodule_search_locations or [str(spec.origin)]))).resolve()
         if found != home / package:
             stop(
-                f"the folder {found} hides this collection's own {package!r} package.\n"
+                f"{found} hides this collection's own {package!r} package.\n"
                 f"Run `python -P -m recipes...` (Python 3.11 and later), or type the command in another folder."
             )
 

@@ -134,7 +134,8 @@ USES = {
     "clipping": "from clipping import AGC, AutoClip\nfit(AGC())\nfit(AutoClip())",
     "constraints": "from constraints import Constrain, RateBounds\n"
     "fit(Constrain('weight', maximum=0.1), RateBounds(1e-3))",
-    "early_stopping": "from early_stopping import PhaseAwareEarlyStopping\nfit(PhaseAwareEarlyStopping('loss', strict=False))",
+    "early_stopping": "from early_stopping import PhaseAwareEarlyStopping\n"
+    "fit(PhaseAwareEarlyStopping('loss', strict=False))",
     "ewc": "from ewc import EWC\nfit(EWC(save='a.safetensors'))\nfit(EWC(load='a.safetensors'))",
     "nonfinite": "from nonfinite import StopOnNonFinite\nfit(StopOnNonFinite())",
     "penalties": "from penalties import L1, L2, L2SP\nfit(L1(0.1), L2(0.1), L2SP(0.1))",
