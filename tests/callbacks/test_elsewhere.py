@@ -139,7 +139,11 @@ USES = {
     "ewc": "from ewc import EWC\nfit(EWC(save='a.safetensors'))\nfit(EWC(load='a.safetensors'))",
     "nonfinite": "from nonfinite import StopOnNonFinite\nfit(StopOnNonFinite())",
     "penalties": "from penalties import L1, L2, L2SP\nfit(L1(0.1), L2(0.1), L2SP(0.1))",
-    "predictions": "from predictions import PredictionWriter\nfit(PredictionWriter('p.csv'))",
+    "predictions": """from predictions import PredictionWriter
+Plain.predict_step = lambda self, batch, batch_idx: {"index": torch.arange(3) + 3 * batch_idx, "score": batch[0][:, 0]}
+quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+Trainer(callbacks=[PredictionWriter("p.csv")], **quiet).predict(Plain(), data)
+assert len(open("p.csv").readlines()) == 13""",
     "report": "from report import Report\nfit(Report('page'))\nassert '<!doctype' in open('page/report.html').read()",
     "resume": "from resume import ExactResume\nfit(ExactResume(seed=0))",
     "unfreezing": "from unfreezing import Freeze, GradualUnfreezing\n"
