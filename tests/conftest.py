@@ -32,11 +32,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m fast`: all but what is marked as slow, for it takes more than a second or starts processes."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m fast`: all but what is marked as slow. Several workers begin with the slow: none ends with a long one."""
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("fast") is not None)
 
 
 @pytest.fixture(autouse=True)

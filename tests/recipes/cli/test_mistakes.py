@@ -92,7 +92,6 @@ FILES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), MISTAKES, ids=[command for command, _ in MISTAKES])
 def test_a_mistake_gets_a_sentence(
     command: str, words: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
