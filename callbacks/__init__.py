@@ -38,4 +38,4 @@ __all__ = [
     "layerwise_param_groups",
 ]
 
-sys.modules[f"{__name__}.guards"] = sys.modules[__name__]  # configs and checkpoints of 0.1 name classes by this path
+sys.modules[f"{__name__}.guards"] = sys.modules[__name__]  # older configs and checkpoints name classes by this path

@@ -33,5 +33,5 @@ __all__ = [
     "TextFiles",
 ]
 
-for former in ("huggingface", "huggingface_text", "parquet"):  # configs and checkpoints of 0.1 name classes by these
+for former in ("huggingface", "huggingface_text", "parquet"):  # older configs and checkpoints name classes by these
     sys.modules[f"{__name__}.{former}"] = sys.modules[__name__]
