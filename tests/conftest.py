@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def hygiene(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    before = dict(os.environ)
+    before, ending = dict(os.environ), signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, ending)  # recipes.serve has one of its own
     assert torch.get_default_dtype() == torch.float32
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
