@@ -55,7 +55,7 @@ MISTAKES = [
     ("QUICK --data.classes [5,15]", "different digits from 0 to 9, not [5, 15]"),
     ("QUICK --data.val_share 1.5", "between 0 and 1, not 1.5"),
     ("QUICK --data ImageFolder", "data.root is not set: give the folder"),
-    ("QUICK --data ImageFolder --data.root nowhere", "no folder nowhere: expected one folder of pictures per class"),
+    ("QUICK --data ImageFolder --data.root nowhere", "no folder nowhere: expected one folder of images per class"),
     ("QUICK --data ImageFolder --data.rooot x", "did you mean 'root'?"),
     ("QUICK --feature_views 1", "add the callback Freeze with train_last_blocks=1"),
     (
