@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from callbacks import Report
+
 from ..parts.checkpoints import run_of_checkpoint
 from . import early
 
@@ -48,7 +50,7 @@ class FinishedRun:
     @property
     def report(self) -> Any:
         """The callback of the report; `None` where there is none."""
-        return next((callback for callback in self.trainer.callbacks if type(callback).__name__ == "Report"), None)
+        return next((callback for callback in self.trainer.callbacks if isinstance(callback, Report)), None)
 
     @property
     def checkpoint(self) -> Any:
