@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def hygiene(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seed, dtype, environment, plotting and download folders; no network; no process group left over."""
     monkeypatch.setenv("MPLBACKEND", "agg")
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # of a run that a fixture of several tests made
+        monkeypatch.delenv(key, raising=False)
     home = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
