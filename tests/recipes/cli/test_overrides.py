@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
+from recipes.cli.overrides import take_class_names
 from recipes.parts.checkpoints import glance, load_checkpoint
 from recipes.vision import main
 from tests.recipes.cli.quick import QUICK
@@ -48,3 +51,16 @@ def test_a_checkpoint_is_opened_once_and_not_read_whole_to_ask_its_name(
     assert load_checkpoint("new.ckpt")["state_dict"]["w"].tolist() == list(range(5)) and asked[-1] is False
     torch.save({**content, "recipe": {"name": "text"}}, "new.ckpt")
     assert glance("new.ckpt")["recipe"]["name"] == "text", "another file of that name"
+
+
+def test_class_names_come_from_the_checkpoint_where_the_data_name_none(own_folder: Path) -> None:
+    torch.save({"MyData": {"class_names": ["b", "a"]}}, "it.ckpt")
+
+    def config(path: str | None, **given: Any) -> Namespace:
+        return Namespace(ckpt_path=path, data=Namespace(init_args=Namespace(**given)))
+
+    asked = config("it.ckpt", class_names=None)
+    assert take_class_names(asked) and asked.data.init_args.class_names == ["b", "a"]
+    for other in (config(None, class_names=None), config("it.ckpt", class_names=["x"]), config("it.ckpt")):
+        before = other.clone()
+        assert not take_class_names(other) and other == before
