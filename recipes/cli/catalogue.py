@@ -47,7 +47,7 @@ def classes(package: str) -> dict[str, str]:
             place = folder / str(entry.module)
             for path in sorted(place.glob("*.py")) or [place.with_suffix(".py")]:
                 text = path.read_text(encoding="utf-8")
-                if any(f"class {name}(" in text for name in public):
+                if any(f"class {name}" in text for name in public):
                     for node in ast.parse(text).body:
                         if isinstance(node, ast.ClassDef) and node.name in public:
                             found[node.name] = ast.get_docstring(node) or ""
