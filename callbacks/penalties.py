@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["proximal", "gradient"]
 Groups: TypeAlias = Sequence[Mapping[str, Any]]  # of an optimiser
+ADAPTER = re.compile(r"[.](lora_[AB]|adapter_down|adapter_up)[.]")  # names of their matrices
 
 
 @torch.no_grad()
@@ -246,8 +247,9 @@ class L1(_Penalty):
 class L2SP(_Penalty):
     """Pulls weights back to where the fit began: strength / 2 * sum (theta - theta_start)^2.
 
-    The start is taken once, before the first step, of frozen parameters too, since they may open later. Checkpoints
-    keep it: a resumed run is pulled to the start of the first run, not to the weights it resumed from. The proximal
+    The start is taken once, before the first step, of frozen parameters too, since they may open later; those in a set
+    `untuned` of the module never do. What adapters add starts from zero, and so do their matrices. Checkpoints keep the
+    start: a resumed run is pulled to that of the first run, not to the weights it resumed from. The proximal
     step is theta <- (theta + c theta_start) / (1 + c) with c = lr x strength, with the learning rate of the
     parameter's group in that step: it cannot diverge, and under Adam it is decoupled from the gradient's scaling. The
     gradient is that of the paper. Log steps log `l2sp/penalty` and `l2sp/ratio` of it to the last batch's loss.
@@ -292,7 +294,11 @@ class L2SP(_Penalty):
 
     def choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the start, unless a checkpoint has brought it."""
-        anchored, start = _select(pl_module, self.patterns, self.exclude), self.start
+        untuned: set[nn.Parameter] = getattr(pl_module, "untuned", set())
+        selected, start = _select(pl_module, self.patterns, self.exclude), self.start
+        anchored = {name: p for name, p in selected.items() if p not in untuned}
+        if not anchored:
+            raise ValueError("L2SP holds nothing: all that trains is excluded; exclude less, or leave L2SP out")
         misfits = [n for n, p in anchored.items() if start and (n not in start or start[n].shape != p.shape)]
         if misfits:
             raise ValueError(
@@ -302,9 +308,11 @@ class L2SP(_Penalty):
         if trainer.is_global_zero and not start:
             size = sum(p.numel() for p in anchored.values())
             _say(f"L2SP starts from step {trainer.global_step}: {len(anchored)} tensors, {size:,} parameters")
-        self.start = {name: start.get(name, p).detach().to(p, copy=True) for name, p in anchored.items()}
+        begin = {n: torch.zeros_like(p) if ADAPTER.search(n) else p for n, p in anchored.items()}
+        self.start = {name: start.get(name, p).detach().to(p, copy=True) for name, p in begin.items()}
         self.anchors: dict[Tensor, Tensor] = {p: self.start[name] for name, p in anchored.items()}
-        self.head: dict[Tensor, None] = {p: None for p in pl_module.parameters() if p not in self.anchors}
+        free = [p for p in pl_module.parameters() if p not in self.anchors and p not in untuned]
+        self.head: dict[Tensor, None] = dict.fromkeys(free)
 
     def _body(self, groups: Groups) -> tuple[list[Tensor], list[Tensor]]:
         """The anchored parameters that take part in this step, and their anchors."""

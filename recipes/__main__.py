@@ -1,9 +1,9 @@
 """python -m recipes: what there is, what a config says, and what it will do.
 
-    python -m recipes ls [recipes|configs|backbones|datamodules|callbacks] [FILTER]
+    python -m recipes ls [recipes|configs|strategies|backbones|datamodules|callbacks] [FILTER]
     python -m recipes show NAME            a config, a recipe, a data module, a callback or a backbone
     python -m recipes copy CONFIG FILE     a config to edit
-    python -m recipes plan CONFIG [--key value ...]    groups, learning rates and steps, without data or training
+    python -m recipes plan CONFIG [STRATEGY ...] [--key value ...]    groups, learning rates and steps, without training
     python -m recipes doctor CONFIG [--key value ...]  the data: broken files, copies across splits, doubtful labels
     python -m recipes report RUN [RUN ...] a run's page made again; several runs compared on the same samples
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python -m recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("ls", help="list recipes, configs, backbones, data modules, callbacks")
+    command = commands.add_parser("ls", help="list recipes, configs, strategies, backbones, data modules, callbacks")
     command.add_argument(
         "kind", nargs="?", default="", help=f"one of {', '.join(KINDS)}; or a word to search all of them for"
     )
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("config")
     command.add_argument("file", type=Path)
     command = commands.add_parser("plan", help="show groups, learning rates and steps without data or training")
-    command.add_argument("config", help="a shipped config or a file")
+    command.add_argument("config", nargs="+", help="a shipped config or a file; strategies go on top of it")
     command.add_argument("--samples", type=int, help="training samples, where the data is not at hand")
     command = commands.add_parser(
         "doctor", help="look at the data before anyone trains; status 1 where it is not sound"
@@ -77,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(doctor(recipe.main, ["--config", arguments.config, *rest], arguments.json or FINDINGS))
     else:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan needs no data, so it asks no network for any
-        recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config)}")
+        recipe = importlib.import_module(f"recipes.{recipe_of(arguments.config[0])}")
         from .cli.plan import plan
 
-        plan(recipe.main, ["--config", arguments.config, *rest], samples=arguments.samples)
+        named = [word for config in arguments.config for word in ("--config", config)]
+        plan(recipe.main, [*named, *rest], samples=arguments.samples)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,22 @@ validation split, before the folder gets its name: what differs from the checkpo
 | torch | `model.pt2`, a program of torch.export | torch |
 | onnx | `model.onnx` | onnxruntime |
 | safetensors | `model.safetensors`, the weights | torch and torchvision, timm or transformers |
-| hf | a folder of transformers, for texts | transformers |
+| hf | a folder of transformers, for texts; of adapters, one of peft | transformers, peft |
 
-Normalisation is part of the first two: they take images in [0, 1]. Batches, and the lengths of texts, are free.
+Normalisation is part of the first two: they take images in [0, 1]. Batches, and the lengths of texts, are free. LoRA,
+DoRA and IA3 are merged into plain weights, for hf only with `--merged`.
 `facts.json` holds the names of the classes, the preprocessing, and how far the outputs differ from the checkpoint's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,21 @@ from .deploy.formats import facts_of, write
 from .deploy.restored import Restored, restore
 from .deploy.samples import samples_for
 from .deploy.snippets import IMAGES, lines_for
+from .parts.peft import adapters
 
 FORMATS = ("safetensors", "onnx", "torch", "hf")
 
 
-def export(checkpoint: Path, form: str, out: Path | None = None, given: Path | None = None, count: int = 64) -> Path:
+def export(
+    checkpoint: Path,
+    form: str,
+    out: Path | None = None,
+    given: Path | None = None,
+    count: int = 64,
+    *,
+    base: str | None = None,
+    merged: bool = False,
+) -> Path:
     """Write a checkpoint in a form, check it, and only then give the folder its name.
 
     Args:
@@ -48,23 +61,31 @@ def export(checkpoint: Path, form: str, out: Path | None = None, given: Path | N
         given: Samples to check on: a folder of images or a file with a text a line. By default those of the run's
             validation split, or where they are gone, made-up ones.
         count: How many samples at most.
+        base: Where the weights are that a checkpoint of adapters leaves out; where they were in training if not given.
+        merged: Whether `hf` gets plain weights in place of adapters, as the other forms do where it can be done.
 
     Raises:
         FileExistsError: The folder is there.
         ValueError: The checkpoint cannot be exported in this form, or its export answers otherwise.
     """
-    restored = restore(checkpoint)
+    restored = restore(checkpoint, base)
     target = out or (restored.run or checkpoint.parent) / f"{checkpoint.stem}_{form}"
     if target.exists():
         raise FileExistsError(f"{target} is there already: remove it, or name another folder with --out")
     if form == "hf" and (restored.recipe != "text" or restored.model.pooling != "model"):
         raise ValueError("--format hf needs a text classifier with transformers' own head, model.pooling=model")
-    lines = lines_for(restored, form)
+    written = restored
+    if adapters(restored.net) and (merged or form != "hf"):
+        written = replace(restored, model=copy.deepcopy(restored.model))
+        written.merge()
+        if adapters(written.net) and (merged or form == "safetensors"):
+            raise ValueError(f"no plain weights can hold what {restored.model.peft.method} learnt; take torch or onnx")
+    lines = lines_for(written, form)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        facts = facts_of(restored, checkpoint, form)
-        write(restored, checkpoint, form, facts, lines, part)
+        facts = facts_of(written, checkpoint, form)
+        write(written, form, facts, lines, part)
         samples, where = samples_for(restored, given, count)
         facts["check"] = {"samples": len(samples), "where": where, **check(restored, samples, lines, part)}
         (part / "facts.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -101,12 +122,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", type=Path, help="the folder to write; by default <checkpoint>_<format> in the run's")
     parser.add_argument("--samples", type=Path, help="to check on: a folder of images, or a file with a text a line")
+    parser.add_argument(
+        "--base", help="the weights that a checkpoint of adapters was trained beside, if they were moved"
+    )
+    parser.add_argument("--merged", action="store_true", help="with hf: plain weights in place of adapters for peft")
     parser.add_argument("--count", type=int, default=64, help="samples to check on at most (default 64)")
     arguments = parser.parse_args(argv)
     filter_warnings()
     configure_logging()
     try:
-        export(arguments.checkpoint, arguments.format, arguments.out, arguments.samples, arguments.count)
+        export(
+            arguments.checkpoint,
+            arguments.format,
+            arguments.out,
+            arguments.samples,
+            arguments.count,
+            base=arguments.base,
+            merged=arguments.merged,
+        )
     except (ValueError, OSError, ImportError) as error:
         early.stop(str(error))
 

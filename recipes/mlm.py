@@ -30,6 +30,7 @@ from .cli.command import RecipeCLI
 from .parts.checkpoints import with_weights_of
 from .parts.encoders import build_masked_lm, encoder_blocks, encoder_path, fill_in, max_tokens, quietly
 from .parts.losses import IGNORED
+from .parts.peft import Peft, is_mergeable, merge
 from .parts.schedules import Linear
 from .training.base import RecipeModule
 
@@ -54,6 +55,11 @@ class MaskedLanguageModel(RecipeModule):
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it; 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's.
+        peft: Freeze the encoder and train LoRA, DoRA or IA3 in it, as of `recipes.parts.peft.Peft`. What the run writes
+            in the end are plain weights, with what was learnt.
+        save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
+            `peft` freezes them.
     """
 
     recipe = "mlm"
@@ -70,11 +76,21 @@ class MaskedLanguageModel(RecipeModule):
         schedule: Callable[[Optimizer, int], LRScheduler] = Linear,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
+        lr_factor: float = 1.0,
+        peft: Peft | None = None,
+        save_base: bool | None = None,
     ) -> None:
-        super().__init__(vocab_size, None, optimizer, schedule, layer_decay, lr_multipliers)
+        super().__init__(vocab_size, None, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, save_base)
         self.save_hyperparameters()
         self.filled_in = MeanMetric()
         self.net = build_masked_lm(encoder, architecture, vocab_size, pretrained)
+        tokens = {name: torch.ones(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        source = encoder if pretrained else None
+        self.tune("net", peft, encoder_blocks(self.net), lambda: self.net(**tokens), source, self.net.new_weights)
+        if not is_mergeable(self.net):
+            raise ValueError(
+                "what recipes.mlm writes is an encoder of plain weights: peft.method must be lora, dora or ia3"
+            )
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules."""
@@ -148,8 +164,10 @@ class MaskedLanguageCLI(RecipeCLI):
         """Write the best checkpoint as a folder that plain transformers, and `recipes.text`, open."""
         best = self.finished.best
         if best and self.trainer.is_global_zero:
+            net = with_weights_of(self.model, best)
+            merge(net)
             with quietly():
-                with_weights_of(self.model.net, best).save_pretrained(self.folder / "hf")
+                net.save_pretrained(self.folder / "hf")
             self.datamodule.tokenizer.save_pretrained(self.folder / "hf")
             self.next_command = (
                 f"python -m recipes.text fit --config text/csv_minilm --model.encoder {self.folder / 'hf'}"

@@ -50,15 +50,17 @@ class Answers(litserve.LitAPI):  # type: ignore[misc]
         checkpoint: Of `recipes.vision` or `recipes.text`.
         max_batch_size: Requests that are answered together.
         batch_timeout: Seconds that the first of them waits for others.
+        base: Where the weights are that a checkpoint of adapters leaves out; where they were in training if not given.
     """
 
-    def __init__(self, checkpoint: Path, max_batch_size: int, batch_timeout: float) -> None:
+    def __init__(self, checkpoint: Path, max_batch_size: int, batch_timeout: float, base: str | None = None) -> None:
         super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.base = checkpoint, base
 
     def setup(self, device: str) -> None:
         """Load the model."""
-        self.restored = restore(self.checkpoint)
+        self.restored = restore(self.checkpoint, self.base)
+        self.restored.merge()
         self.restored.model.to(device)
 
     def decode_request(self, request: Any) -> Any:
@@ -142,17 +144,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="requests that are answered together at most")
     parser.add_argument("--wait_ms", type=float, default=5, help="how long the first of them waits for others")
     parser.add_argument("--limit_mb", type=float, default=10, help="longest body")
+    parser.add_argument(
+        "--base", help="the weights that a checkpoint of adapters was trained beside, if they were moved"
+    )
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `early.start` does, for the process with the model
     end_all_on_sigterm()
     filter_warnings()
     try:
         check_free(arguments.host, arguments.port)
-        restored = restore(arguments.checkpoint)
+        restored = restore(arguments.checkpoint, arguments.base)
         intake = Intake(restored, int(arguments.limit_mb * MEGABYTE))
         # LitServe passes the annotation on to FastAPI, which calls what it says and hands the result over
         Answers.decode_request.__annotations__["request"] = Annotated[Any, Depends(intake.read)]
-        api = Answers(arguments.checkpoint, arguments.batch, arguments.wait_ms / 1000)
+        api = Answers(arguments.checkpoint, arguments.batch, arguments.wait_ms / 1000, arguments.base)
         server = litserve.LitServer(api, accelerator=arguments.accelerator, disable_openapi_url=True)
         address = f"http://{arguments.host}:{arguments.port}"
         first = PlainTextResponse(usage(restored, address))

@@ -34,6 +34,7 @@ from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
+from .parts.peft import Peft
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
 from .training.base import RecipeModule
@@ -78,6 +79,11 @@ class TextClassifier(RecipeModule):
             https://arxiv.org/abs/1801.06146); 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a parameter's name
             counts.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's.
+        peft: Freeze the encoder and train adapters in it: method, rank, targets and more, as of
+            `recipes.parts.peft.Peft`; the head trains as ever.
+        save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
+            `peft` freezes them. Such a checkpoint is small, and needs the same encoder to be used.
         gradient_checkpointing: Whether to compute activations twice and keep few of them: less memory, a third more
             time.
     """
@@ -105,9 +111,14 @@ class TextClassifier(RecipeModule):
         schedule: Callable[[Optimizer, int], LRScheduler] = Linear,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
+        lr_factor: float = 1.0,
+        peft: Peft | None = None,
+        save_base: bool | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
+        super().__init__(
+            num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, save_base
+        )
         self.save_hyperparameters()
         single = problem_type == "single_label_classification"
         if not single and (class_weights or label_smoothing or loss != "cross_entropy"):
@@ -124,6 +135,9 @@ class TextClassifier(RecipeModule):
             self.net = build()
             width, dropped = self.net.config.hidden_size, 0.1 if head_dropout is None else head_dropout
             self.head = build_head(head, width, num_classes, hidden=head_hidden, dropout=dropped, init=head_init)
+        tokens = {name: torch.ones(1, 2, dtype=torch.long) for name in INPUTS[:2]}
+        source = encoder if pretrained else None
+        self.tune("net", peft, encoder_blocks(self.net), lambda: self.net(**tokens), source, self.net.new_weights)
         if gradient_checkpointing:
             enable = getattr(self.net, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
             (enable or self.net.gradient_checkpointing_enable)()
@@ -155,7 +169,8 @@ class TextClassifier(RecipeModule):
         """The mean of the encoder's last vectors over each text's tokens, `(batch, width)`."""
         encoder = self.net.base_model if self.pooling == "model" else self.net
         out = encoder(**{name: batch[name] for name in INPUTS if name in batch})
-        return pool(out.last_hidden_state, batch["attention_mask"], "mean")
+        mask = batch["attention_mask"]
+        return pool(out.last_hidden_state[:, -mask.shape[1] :], mask, "mean")  # without a prompt in front
 
     def saliency(self, batch: Batch, classes: Tensor) -> Tensor:
         """How much each token speaks for or against a class, `(batch, length)` in [0, 1]."""
@@ -235,7 +250,8 @@ class TextCLI(RecipeCLI):
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
         self.names_learnt = self.subcommand != "fit" and take_class_names(config)  # also those of another data module
-        if self.subcommand == "predict" and config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir():
+        moved = config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir()
+        if self.subcommand == "predict" and moved and "base" not in glance(config.ckpt_path).get("recipe", {}):
             config.model.encoder = str(encoder_of(glance(config.ckpt_path)) or config.model.encoder)
             log.info("encoder: %s", config.model.encoder)
 
@@ -257,9 +273,13 @@ class TextCLI(RecipeCLI):
         best = self.finished.best
         if best and self.trainer.is_global_zero:
             folder = self.folder / "hf"
-            save_for_transformers(self.model, best, self.datamodule, folder)  # type: ignore[arg-type]
+            try:
+                save_for_transformers(self.model, best, self.datamodule, folder)
+            except ValueError as error:
+                log.info("no folder for transformers: %s", error)
+            kind = "AutoPeftModel" if (folder / "adapter_config.json").is_file() else "AutoModel"
             if folder.is_dir():
-                log.info("for transformers: AutoModelForSequenceClassification.from_pretrained(%r)", str(folder))
+                log.info("for transformers: %sForSequenceClassification.from_pretrained(%r)", kind, str(folder))
         super().after_fit()
 
 

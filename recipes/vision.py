@@ -34,6 +34,7 @@ from .parts.backbones import backbone_facts, build_backbone, load_weights
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, WeightKind, classification_loss, mass
 from .parts.metrics import classification_metrics, per_class_counts
+from .parts.peft import Peft, channels_last
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .training.base import RecipeModule
@@ -72,6 +73,11 @@ class VisionClassifier(RecipeModule):
         layer_decay: Factor on the learning rate from each block to the one before it; 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a
             parameter's name counts.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's.
+        peft: Freeze the backbone and train adapters in it: method, rank, targets and more, as of
+            `recipes.parts.peft.Peft`; the head trains as ever.
+        save_base: Whether checkpoints hold frozen weights that can be loaded again from `weights`; if not given, unless
+            `peft` freezes them. Such a checkpoint is small, and needs the same weights to be used.
         mirror_at_test: Whether `test` and `predict` give the mean probabilities of an image and its mirror image.
         top_k: How many of the most probable classes `predict` gives.
         compile_backbone: Whether to torch.compile the backbone.
@@ -103,20 +109,29 @@ class VisionClassifier(RecipeModule):
         schedule: Callable[[Optimizer, int], LRScheduler] = Cosine,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
+        lr_factor: float = 1.0,
+        peft: Peft | None = None,
+        save_base: bool | None = None,
         mirror_at_test: bool = False,
         top_k: int = 1,
         compile_backbone: bool = False,
     ) -> None:
-        super().__init__(num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers)
+        super().__init__(
+            num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, save_base
+        )
         self.save_hyperparameters()
         build = functools.partial(
             build_backbone, backbone, image_size=image_size, small_stem=small_stem, aux=aux_weight > 0
         )
         self.backbone = build()
+        new: list[str] = []
         if weights is not None:
-            log.info("%s", load_weights(self.backbone, weights))
+            log.info("%s", report := load_weights(self.backbone, weights))
+            new += [f"net.{name}" for name in report.missing]
         if reinit_blocks:
-            self._reinitialise(build(), reinit_blocks)
+            new += self._reinitialise(build(), reinit_blocks)
+        image = torch.zeros(1, 3, self.backbone.input_size, self.backbone.input_size)
+        self.tune("backbone", peft, self.backbone.blocks, lambda: self.backbone(image), weights, new)
         new_head = functools.partial(
             build_head, head, hidden=head_hidden, dropout=head_dropout, init=head_init, num_classes=num_classes
         )
@@ -134,7 +149,7 @@ class VisionClassifier(RecipeModule):
             {split: classification_metrics(num_classes, f"{split}/") for split in ("val", "test")}
         )
         self.per_class = per_class_counts(num_classes)
-        self.to(memory_format=torch.channels_last)  # faster convolutions, on processors and GPUs alike
+        channels_last(self)
         if compile_backbone:
             self.backbone.compile()
 
@@ -232,7 +247,7 @@ class VisionClassifier(RecipeModule):
             if name in ("mean", "std"):
                 getattr(self, name).copy_(torch.tensor(values).view(3, 1, 1))
 
-    def _reinitialise(self, fresh: nn.Module, last: int) -> None:
+    def _reinitialise(self, fresh: nn.Module, last: int) -> list[str]:
         blocks = list(self.backbone.blocks.values())
         if not 0 < last <= len(blocks):
             raise ValueError(f"model.reinit_blocks must be 0 to {len(blocks)} for this backbone, not {last}")
@@ -240,6 +255,7 @@ class VisionClassifier(RecipeModule):
         start = fresh.state_dict()
         chosen = {k: v for k, v in start.items() if any(k == p or k.startswith(p + ".") for p in prefixes)}
         self.backbone.load_state_dict(chosen, strict=False)
+        return list(chosen)
 
 
 class VisionCLI(RecipeCLI):

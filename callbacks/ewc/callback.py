@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import low_rank
 from .fisher import NO_LABELS, Estimator, choose_estimator, fisher_diagonal
 from .memory import Memory, check_fisher, load_memory, save_memory
 from .messages import did_you_mean, say, some
@@ -119,6 +120,7 @@ class EWC(Callback):
         self.active: Memory | None = None  # what the current fit is held by
         self._hooks: list[Any] = []
         self._names: dict[int, str] = {}
+        self._low_rank: low_rank.Layers = {}
         self._lrs: dict[int, Any] = {}  # of parameter groups, in the current step
         self._penalty: Tensor | None = None
         self._classes = 0
@@ -190,6 +192,13 @@ class EWC(Callback):
                     if (t.device, t.dtype, t.stride()) != (p.device, p.dtype, p.stride()):
                         table[name] = torch.empty_like(p, requires_grad=False).copy_(t)
             self._names = {id(parameters[name]): name for name in self.active.fisher}
+            low = low_rank.low_rank_layers(pl_module)
+            self._low_rank = {name: low[name] for name in self.active.fisher if name in low}
+            untuned: set[nn.Parameter] = getattr(pl_module, "untuned", set())
+            if not self._low_rank and all(parameters[name] in untuned for name in self.active.fisher):
+                raise ValueError(
+                    "EWC: the weights of the Fisher are frozen, and of adapters beside them it holds LoRA only"
+                )
             for optimizer in trainer.optimizers:
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else gradients come scaled
                 if self.mode == "proximal":
@@ -199,7 +208,7 @@ class EWC(Callback):
                     raise ValueError(
                         "L-BFGS's line search compares losses, and the penalty is not in them; use EWC's mode proximal"
                     )
-            self._announce(trainer, self.active, [n for n, p in parameters.items() if p.requires_grad])
+            self._announce(trainer, self.active, {n: p for n, p in parameters.items() if p.requires_grad})
         if self.consolidate:  # what would fail after training fails here
             with preserve_state(trainer, pl_module.device), evaluating(pl_module):
                 for batch in fisher_batches(trainer, pl_module, 2 * trainer.world_size, self.seed)[0]:
@@ -207,13 +216,13 @@ class EWC(Callback):
                     if self.estimator == "empirical" and self.labels(batch) is None:
                         raise ValueError(NO_LABELS)
 
-    def _announce(self, trainer: Trainer, memory: Memory, trained: Sequence[str]) -> None:
+    def _announce(self, trainer: Trainer, memory: Memory, trained: Mapping[str, nn.Parameter]) -> None:
         """Log what is held; warn where the mode gradient would diverge."""
         if trainer.is_global_zero:
-            numbers = f"{sum(t.numel() for t in memory.fisher.values()):,}"
-            tasks = ", ".join(task["name"] for task in memory.tasks)
-            free = some([name for name in trained if name not in memory.fisher]) or "none"
-            held = f"{len(memory.fisher)} tensors with {numbers} parameters are held at {tasks}"
+            numbers, tasks = sum(t.numel() for t in memory.fisher.values()), [task["name"] for task in memory.tasks]
+            through = {p for layer in self._low_rank.values() for p in low_rank.matrices(layer)}
+            free = some([n for n, p in trained.items() if n not in memory.fisher and p not in through]) or "none"
+            held = f"{len(memory.fisher)} tensors with {numbers:,} parameters are held at {', '.join(tasks)}"
             say("EWC: %s, %s, strength %g; free: %s", held, self.mode, self.strength, free)
         if self.mode == "gradient":
             # Schedules write the highest learning rate that a group will get into it.
@@ -243,11 +252,16 @@ class EWC(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (trainer.global_step + 1) % every == 0:
             with torch.no_grad():
-                value = penalty(_parameters(pl_module), memory.anchor, memory.fisher, self.strength)
+                theta = {
+                    **_parameters(pl_module),
+                    **{n: low_rank.effective_weight(m) for n, m in self._low_rank.items()},
+                }
+                value = penalty(theta, memory.anchor, memory.fisher, self.strength)
                 self._penalty = value + self.strength / 2 * memory.constant
         if self.mode == "gradient":
             mine = {name: p for name, p, _ in self._held(optimizer)}
             add_penalty_gradient_(mine, memory.anchor, memory.fisher, self.strength)
+            low_rank.add_low_rank_gradient_(self._low_rank, memory.anchor, memory.fisher, self.strength)
 
     def _read_lrs(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The learning rates of this step: another hook may restore its own before ours runs after it."""
@@ -259,6 +273,10 @@ class EWC(Callback):
         memory, held = cast(Memory, self.active), self._held(optimizer)
         coefficients = {name: self._lrs[id(group)] * self.strength for name, _, group in held}
         proximal_step_({name: p for name, p, _ in held}, memory.anchor, memory.fisher, coefficients)
+        rates = {id(p): self._lrs[id(group)] for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self._low_rank.items():
+            lr = rates.get(id(low_rank.matrices(layer)[1]), 0.0)  # 0 where another optimiser has it
+            low_rank.low_rank_proximal_step_(layer, memory.anchor[name], memory.fisher[name], lr * self.strength)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -368,8 +386,8 @@ class EWC(Callback):
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by name, each once; a compiled part is named as if it were not."""
-    return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
+    """Parameters by name, each once; a part that is compiled or has adapters is named as if it were not."""
+    return {low_rank.plain_name(name): p for name, p in module.named_parameters()}
 
 
 def _check(name: str, value: object, right: bool, expected: str) -> None:

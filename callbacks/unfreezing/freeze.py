@@ -149,6 +149,9 @@ def close(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
 def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool = False) -> set[nn.Module]:
     """Modules all of whose parameters are frozen, with what lies inside them, of those in training mode.
 
+    Parameters that never train, as those of a net with adapters, don't keep a module open; modules with no others are
+    left as they are.
+
     Args:
         root: The network.
         frozen: Its frozen parameters.
@@ -157,7 +160,7 @@ def frozen_modules(root: nn.Module, frozen: set[nn.Parameter], *, dropout: bool 
     found: set[nn.Module] = set()
     for module in root.modules():
         own = set(module.parameters())
-        if own and own <= frozen:
+        if own & frozen and all(p in frozen or not p.requires_grad for p in own):
             found |= set(module.modules())
     return {m for m in found if m.training and (not dropout or getattr(m, "running_mean", None) is not None)}
 

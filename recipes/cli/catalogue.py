@@ -1,4 +1,4 @@
-"""What there is: recipes, configs, backbones, data modules, callbacks, read as text without importing them."""
+"""What there is: recipes, configs, backbones, data modules and more, read as text without importing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..parts.spelling import did_you_mean
-from .early import config_names, find_config, header, stop
+from .early import config_names, find_config, header, stop, strategy_names
 
 HOME = Path(__file__).parents[1]
 
@@ -25,6 +25,11 @@ def recipes() -> dict[str, str]:
 def configs() -> dict[str, str]:
     """Shipped configs and the first line of their headers."""
     return {name: next(iter(header(find_config(name))), "") for name in config_names()}
+
+
+def strategies() -> dict[str, str]:
+    """Shipped strategies and the first line of their headers."""
+    return {name: next(iter(header(find_config(name))), "") for name in strategy_names()}
 
 
 def backbones() -> dict[str, str]:
@@ -57,6 +62,7 @@ def classes(package: str) -> dict[str, str]:
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": recipes,
     "configs": configs,
+    "strategies": strategies,
     "backbones": backbones,
     "datamodules": lambda: classes("datamodules"),
     "callbacks": lambda: classes("callbacks"),
@@ -121,7 +127,8 @@ def copy(name: str, target: Path) -> None:
         stop(f"{target} exists already; give another name or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"{target}: now `python -m recipes.{recipe_of(name)} fit --config {target}`")
+    base = f"--config {recipe_of(name)}/quickstart " if name in strategies() else ""
+    print(f"{target}: now `python -m recipes.{recipe_of(name)} fit {base}--config {target}`")
 
 
 def recipe_of(config: str) -> str:

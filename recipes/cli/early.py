@@ -21,6 +21,7 @@ import yaml
 from ..parts.spelling import did_you_mean
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+STRATEGIES = "strategy/"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SUBCOMMANDS = {
     "fit": "train; with --test, test the best checkpoint afterwards",
@@ -36,6 +37,15 @@ TOP_LEVEL_KEYS = (
 
 def config_names() -> list[str]:
     """Names of the shipped configs, such as `vision/quickstart`, sorted."""
+    return [name for name in _shipped() if not name.startswith(STRATEGIES)]
+
+
+def strategy_names() -> list[str]:
+    """Names of the shipped strategies, such as `strategy/lora`, sorted: configs that go on top of another."""
+    return [name for name in _shipped() if name.startswith(STRATEGIES)]
+
+
+def _shipped() -> list[str]:
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -48,7 +58,7 @@ def find_config(name: str) -> Path:
     for candidate in (Path(name), Path(f"{name}.yaml"), CONFIGS / f"{name}.yaml", CONFIGS / name):
         if candidate.is_file():
             return candidate
-    hint = did_you_mean(name.removesuffix(".yaml"), config_names())
+    hint = did_you_mean(name.removesuffix(".yaml"), _shipped())
     raise FileNotFoundError(
         f"config {name!r} is neither a file nor a shipped config{hint}\npython -m recipes ls configs lists them."
     )

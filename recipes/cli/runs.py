@@ -66,6 +66,8 @@ class FinishedRun:
 def folder_for(config: Any, recipe: str, subcommand: str, started: float) -> Path:
     """`runs/<recipe>/<config>/<time>` below the trainer's `default_root_dir`; a resumed run keeps its own.
 
+    With strategies, `<config>` is `<config>+<strategy>`.
+
     Args:
         config: Of the subcommand.
         recipe: Its name.
@@ -75,9 +77,9 @@ def folder_for(config: Any, recipe: str, subcommand: str, started: float) -> Pat
     before = run_of_checkpoint(config.get("ckpt_path"))
     if before and subcommand == "fit":
         return before.resolve()  # one spelling, or Lightning takes it for another run and forgets the best
-    name = Path(str(config.config[0])).stem if config.get("config") else "run"
-    if name == "config":  # a finished run's own config: keep the name that run had
-        name = Path(str(config.config[0])).absolute().parents[1].name
+    first, *others = [Path(str(path)).absolute() for path in config.get("config") or ["run"]]
+    name = first.parents[1].name if first.stem == "config" else first.stem  # of a finished run's own, what that run had
+    name += "".join(f"+{path.stem}" for path in others if path.parent.name == "strategy")
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(started))
     if subcommand != "fit":
         stamp += f"-{subcommand}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..parts.backbones import small_resnet
-from ..parts.checkpoints import save_for_transformers
+from ..parts.checkpoints import write_for_transformers
 from .graphs import ImageGraph, TokenGraph
 from .restored import Restored
 from .snippets import PIXELS
@@ -70,11 +70,12 @@ def shorter_side(size: int) -> int:
     return round(size * 8 / 7) if size > 96 else size
 
 
-def write(restored: Restored, checkpoint: Path, form: str, facts: dict[str, Any], lines: str, folder: Path) -> None:
+def write(restored: Restored, form: str, facts: dict[str, Any], lines: str, folder: Path) -> None:
     """Write the model in a form, and the tokenizer beside it."""
     if form == "hf":
         data = SimpleNamespace(class_names=restored.class_names, tokenizer=restored.tokenizer)
-        save_for_transformers(restored.model, checkpoint, data, folder)
+        model = restored.model
+        write_for_transformers(model.net, model.peft, model.hparams["encoder"], data, folder)
         return
     if restored.recipe == "text":
         write_tokenizer(restored, folder / "tokenizer.json")

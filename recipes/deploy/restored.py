@@ -24,6 +24,7 @@ from datamodules.images import decoding
 
 from ..parts.checkpoints import data_of, encoder_files, load_checkpoint, run_of_checkpoint
 from ..parts.encoders import quietly
+from ..parts.peft import is_mergeable, merge
 from ..training.base import RecipeModule
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,16 @@ class Restored:
         )
         return dict(found)
 
+    @property
+    def net(self) -> Any:
+        """What was pretrained."""
+        return self.model.backbone if self.recipe == "vision" else self.model.net
+
+    def merge(self) -> None:
+        """Put what adapters learnt into plain weights, where these can hold it."""
+        if is_mergeable(self.net):
+            merge(self.net)
+
     @torch.no_grad()
     def logits(self, samples: Any) -> Tensor:
         """What `predict` sees of images in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32."""
@@ -99,12 +110,16 @@ class Restored:
         return logits.float().cpu()
 
 
-def restore(path: str | Path) -> Restored:
+def restore(path: str | Path, base: str | None = None) -> Restored:
     """The classifier of a checkpoint of `recipes.vision` or `recipes.text`.
 
+    Args:
+        path: The checkpoint.
+        base: Where the weights are that the checkpoint leaves out; where they were in training if not given.
+
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or another program's.
+        FileNotFoundError: There is no such file; or no weights for what was trained beside them.
+        ValueError: It is damaged, or another program's; or it was trained beside other weights.
     """
     checkpoint = load_checkpoint(path)
     made_by = checkpoint.get("recipe", {})
@@ -117,13 +132,24 @@ def restore(path: str | Path) -> Restored:
     saved = checkpoint["hyper_parameters"].items()
     arguments = {name: value for name, value in saved if name not in left_out and not name.startswith("_")}
     data, run, tokenizer = data_of(checkpoint), run_of_checkpoint(str(path)), None
-    if recipe == "vision":  # without pretrained weights: the checkpoint's replace them
-        model: Any = RecipeModule.known["vision"](
-            **{**arguments, "weights": None, "reinit_blocks": 0, "compile_backbone": False}
-        )
-        model.on_load_checkpoint(checkpoint)
-    else:
-        model, tokenizer = text_model(arguments, encoder_files(checkpoint), run)
+    loads = {"vision": "weights", "text": "encoder"}[recipe]
+    whole = "base" not in made_by
+    if not whole:
+        arguments[loads] = base or arguments[loads]
+    try:
+        if recipe == "vision":
+            afresh = {"weights": None, "reinit_blocks": 0} if whole else {}  # the checkpoint's replace them all
+            model: Any = RecipeModule.known["vision"](**{**arguments, "compile_backbone": False, **afresh})
+        else:
+            model, tokenizer = text_model(arguments, encoder_files(checkpoint), run, whole=whole)
+    except FileNotFoundError as error:
+        if whole:
+            raise
+        raise FileNotFoundError(
+            f"{path} holds only what was trained beside the weights {arguments[loads]}; say with --base where they "
+            f"are now ({error})"
+        ) from error
+    model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return Restored(
         recipe,
@@ -136,15 +162,19 @@ def restore(path: str | Path) -> Restored:
     )
 
 
-def text_model(arguments: dict[str, Any], files: dict[str, str], run: Path | None) -> tuple[Any, Any]:
+def text_model(
+    arguments: dict[str, Any], files: dict[str, str], run: Path | None, *, whole: bool = True
+) -> tuple[Any, Any]:
     """The model of these arguments and its tokenizer, from the checkpoint: the encoder's folder may be gone.
 
     Args:
         arguments: Of the model.
         files: What the checkpoint holds of the encoder: architecture and tokenizer.
         run: The folder of the run, whose tokenizer for transformers is taken where the checkpoint holds none.
+        whole: Whether the checkpoint holds all weights; else those of `encoder` are loaded.
 
     Raises:
+        FileNotFoundError: There is no such encoder.
         ValueError: There is no tokenizer.
     """
     from transformers import AutoTokenizer
@@ -152,8 +182,9 @@ def text_model(arguments: dict[str, Any], files: dict[str, str], run: Path | Non
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_text(content, encoding="utf-8")
-        options = {"encoder": folder, "pretrained": False, "reinit_layers": 0, "gradient_checkpointing": False}
-        model: Any = RecipeModule.known["text"](**{**arguments, **options})
+        afresh = {"encoder": folder, "pretrained": False, "reinit_layers": 0} if whole else {}
+        model: Any = RecipeModule.known["text"](**{**arguments, "gradient_checkpointing": False, **afresh})
+        model.hparams.update(encoder=arguments["encoder"])  # not a folder that is about to go
         source = folder if len(files) > 1 else f"{run}/hf"
         try:
             with quietly():

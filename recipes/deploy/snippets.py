@@ -15,6 +15,8 @@ from torch import nn
 from ..parts.backbones import backbone_facts
 from ..parts.backbones.families import FAMILY_OF
 from ..parts.backbones.small_resnet import SmallResNet
+from ..parts.encoders import encoder_path
+from ..parts.peft import adapters
 from .restored import READING
 
 PIXELS = f'''{READING.replace("{", "{{").replace("}", "}}")}
@@ -108,6 +110,21 @@ logits = model(**inputs).logits
 class_names = list(model.config.id2label.values())
 """
 
+ADAPTERS = """\
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+base = {base!r}
+config = AutoConfig.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+model = PeftModel.from_pretrained(model, folder).eval()
+inputs = tokenizer(texts, truncation=True, max_length={max_length}, padding=True, return_tensors="pt")
+logits = model(**inputs).logits
+{probabilities}
+class_names = list(config.id2label.values())
+"""
+
 PROBABILITIES = {
     "single_label_classification": "probabilities = logits.softmax(1)",
     "multi_label_classification": "probabilities = logits.sigmoid()",
@@ -137,7 +154,10 @@ def lines_for(restored: Any, form: str) -> str:
         ValueError: Other libraries have no such model.
     """
     if form == "hf":
-        lines = TRANSFORMERS.format(max_length=restored.max_length, probabilities=PROBABILITIES[restored.problem_type])
+        base = encoder_path(restored.model.hparams["encoder"])
+        lines = (ADAPTERS if adapters(restored.net) else TRANSFORMERS).format(
+            base=base, max_length=restored.max_length, probabilities=PROBABILITIES[restored.problem_type]
+        )
     elif form == "safetensors":
         lines = plain_images(restored.model) if restored.recipe == "vision" else plain_texts(restored)
     else:

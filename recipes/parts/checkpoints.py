@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-from .encoders import quietly
+from .encoders import encoder_path, quietly
+from .peft import Peft, adapters
+from .peft.folder import save_for_peft
+
+log = logging.getLogger(__name__)
 
 
 def run_of_checkpoint(path: str | None) -> Path | None:
@@ -85,19 +89,21 @@ def _glanced(path: str, version: tuple[int, int] | None) -> dict[str, Any]:
     return load_checkpoint(path, mapped=True)
 
 
-def with_weights_of(net: Any, checkpoint: str | Path) -> Any:
-    """A model of transformers like the recipe's `net`, with the weights that it had in a checkpoint."""
-    state = {k: v for k, v in load_checkpoint(checkpoint)["state_dict"].items() if k.startswith("net.")}
-    saved = type(net)(copy.deepcopy(net.config))
-    saved.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
+def with_weights_of(model: Any, checkpoint: str | Path) -> Any:
+    """A copy of a recipe's `net`, of transformers, with the weights that it had in a checkpoint."""
+    content = load_checkpoint(checkpoint)
+    if model.base is not None:
+        model.base.complete(content, model)
+    state = {k.removeprefix("net."): v for k, v in content["state_dict"].items() if k.startswith("net.")}
+    saved = copy.deepcopy(model.net)
+    saved.load_state_dict(state)
     return saved
-
-
-log = logging.getLogger(__name__)
 
 
 def save_for_transformers(model: Any, checkpoint: str | Path, data: Any, folder: Path) -> None:
     """Write a folder for `AutoModelForSequenceClassification.from_pretrained`, with class names and tokenizer.
+
+    Of adapters it is one for `PeftModel.from_pretrained`, unless they were merged.
 
     Args:
         model: Of which the checkpoint is.
@@ -108,9 +114,25 @@ def save_for_transformers(model: Any, checkpoint: str | Path, data: Any, folder:
     if model.pooling != "model":
         log.info("no folder for transformers: its classifiers have other heads than pooling %s", model.pooling)
         return
-    net = with_weights_of(model.net, checkpoint)
+    write_for_transformers(with_weights_of(model, checkpoint), model.peft, model.hparams["encoder"], data, folder)
+
+
+def write_for_transformers(net: Any, how: Peft | None, encoder: str, data: Any, folder: Path) -> None:
+    """The same of a net that has its weights.
+
+    Args:
+        net: Transformers' classifier, adapted or not.
+        how: How it was adapted.
+        encoder: What it was fine-tuned from.
+        data: Has `class_names` and `tokenizer`.
+        folder: Where to.
+    """
     net.config.id2label = dict(enumerate(data.class_names))
     net.config.label2id = {name: label for label, name in enumerate(data.class_names)}
-    with quietly():
-        net.save_pretrained(folder)
+    if how is not None and adapters(net):
+        save_for_peft(net, how, encoder_path(encoder), folder)
+        net.config.save_pretrained(folder)  # architecture and names of the classes
+    else:
+        with quietly():
+            net.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)

@@ -116,7 +116,8 @@ def build_encoder(
 ) -> Any:
     """An encoder, or with `num_classes` transformers' own classifier on top of it.
 
-    Weights are read from safetensors only, as float32; code from the hub is never run.
+    Weights are read from safetensors only, as float32; code from the hub is never run. Its `new_weights` are names
+    of parameters of the encoder that nothing was loaded for.
 
     Args:
         name: Folder, name on the hub, or name of an encoder that ships with this package.
@@ -140,11 +141,12 @@ def build_encoder(
         config.num_labels, config.problem_type = num_classes, problem_type
         kind = AutoModelForSequenceClassification
     model = kind.from_config(config, dtype=torch.float32)
+    model.new_weights = []
     if pretrained:
         fresh = model if reinit_layers else None
         model = _load(kind, name, config)
         if fresh is not None:
-            _start_afresh(model, fresh, reinit_layers)
+            model.new_weights += _start_afresh(model, fresh, reinit_layers)
     if num_classes is None and getattr(model, "pooler", None) is not None:
         model.pooler = None  # it would get no gradient, which DDP does not forgive
     return model.train()
@@ -175,7 +177,9 @@ def build_masked_lm(encoder: str | None, architecture: dict[str, Any] | None, vo
     if config.vocab_size < vocab_size:
         raise ValueError(f"the tokenizer knows {vocab_size} tokens, and {encoder} {config.vocab_size}")
     if encoder is None or not pretrained:
-        return kind.from_config(config, dtype=torch.float32).train()
+        model = kind.from_config(config, dtype=torch.float32).train()
+        model.new_weights = []
+        return model
     return _load(kind, encoder, config).train()
 
 
@@ -252,11 +256,14 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 def max_tokens(net: Any) -> int | None:
     """Tokens that an encoder can take, by its table of positions; None where its positions have no end.
 
-    RoBERTa's and MPNet's positions begin after the number of the padding token, and the table is longer by as much.
+    RoBERTa's and MPNet's positions begin after the number of the padding token, and the table is longer by as much. A
+    prompt takes some of them.
     """
+    prompt = getattr(net.base_model.embeddings, "prompt", None)
     table = getattr(net.base_model.embeddings, "position_embeddings", None)
     if isinstance(table, torch.nn.Embedding):
-        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        before = 0 if table.padding_idx is None else table.padding_idx + 1
+        return table.num_embeddings - before - (0 if prompt is None else len(prompt.weight))
     if getattr(net.config, "relative_attention", False):
         return None
     return getattr(net.config, "max_position_embeddings", None)  # rotary positions: what it was trained on
@@ -286,6 +293,7 @@ def _load(kind: Any, name: str, config: Any) -> Any:
             f"the weights of {name!r} do not fit its configuration: {len(lacking)} tensors are missing or of another "
             f"shape, such as {lacking[0]}"
         )
+    model.new_weights = inside
     log.info(
         "%s: %d tensors loaded; new: %s; left out: %s",
         *(
@@ -298,7 +306,7 @@ def _load(kind: Any, name: str, config: Any) -> Any:
     return model
 
 
-def _start_afresh(model: Any, fresh: Any, layers: int) -> None:
+def _start_afresh(model: Any, fresh: Any, layers: int) -> list[str]:
     """Zhang et al. 2021, https://arxiv.org/abs/2006.05987."""
     blocks = encoder_blocks(fresh)
     names = [name for name in blocks if name.startswith("layer")]
@@ -307,6 +315,7 @@ def _start_afresh(model: Any, fresh: Any, layers: int) -> None:
     paths = [path for name in [*names[-layers:], "pooler"] for path in blocks.get(name, [])]
     chosen = {k: v for k, v in fresh.state_dict().items() if any(k.startswith(f"{path}.") for path in paths)}
     model.load_state_dict(chosen, strict=False)
+    return list(chosen)
 
 
 def _set_dropout(config: Any, body: float | None, head: float | None) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,8 +19,14 @@ from torchmetrics import MeanMetric
 from .. import __version__
 from ..parts.losses import weights_by_count
 from ..parts.optim import build_optimizer, reassert, snapshot
-from ..parts.param_groups import describe, param_groups, table
+from ..parts.param_groups import describe as describe_groups
+from ..parts.param_groups import param_groups, table
+from ..parts.peft import Peft, adapt, describe
 from ..parts.schedules import Plateau, Schedule
+from .base_weights import Base
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +41,14 @@ class RecipeModule(LightningModule):
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it.
         lr_multipliers: Ordered pattern -> factor on the learning rate.
+        lr_factor: On all learning rates: what a strategy brings that suits another than the config's.
+        save_base: Whether checkpoints hold frozen weights that can be loaded again; None: unless peft freezes them.
     """
 
     recipe: ClassVar[str]  # name of the command
     known: ClassVar[dict[str, type[RecipeModule]]] = {}  # those that are imported, by name
     class_weights: Tensor | None
+    still: set[nn.Module] = set()
     epoch_sums: Tensor
     per_class: Any
 
@@ -50,10 +60,17 @@ class RecipeModule(LightningModule):
         schedule: Callable[[Optimizer, int], LRScheduler],
         layer_decay: float,
         lr_multipliers: dict[str, float] | None,
+        lr_factor: float = 1.0,
+        save_base: bool | None = None,
     ) -> None:
         super().__init__()
         self.optimizer, self.schedule = optimizer, schedule
-        self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
+        self.layer_decay, self.lr_multipliers, self.lr_factor = layer_decay, lr_multipliers, lr_factor
+        self.save_base = save_base
+        self.base: Base | None = None  # weights that a checkpoint may leave out
+        self.peft: Peft | None = None
+        self.untuned: set[nn.Parameter] = set()  # frozen, for it is their adapters that train
+        self.still = set()  # with their statistics
         self.weight_kind: Any = class_weights if isinstance(class_weights, str) else None
         fixed = None if class_weights is None or self.weight_kind else torch.as_tensor(class_weights, dtype=torch.float)
         if fixed is not None and len(fixed) != num_classes:
@@ -79,6 +96,8 @@ class RecipeModule(LightningModule):
         for name in ("optimizer", "schedule"):
             if callable(self.hparams.get(name)):
                 del self.hparams[name]
+        if isinstance(self.hparams.get("peft"), Peft):
+            self.hparams["peft"] = asdict(self.hparams["peft"])
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
@@ -88,15 +107,58 @@ class RecipeModule(LightningModule):
         """What a checkpoint says, beside arguments and weights, to be used without the code that trained it."""
         raise NotImplementedError
 
+    def tune(
+        self,
+        path: str,
+        how: Peft | dict[str, Any] | None,
+        blocks: Mapping[str, Sequence[str]],
+        run: Callable[[], Any],
+        source: str | None,
+        new: Iterable[str] = (),
+    ) -> None:
+        """Note where a net's weights come from; freeze it and give it adapters.
+
+        Args:
+            path: Where the net is in this module.
+            how: The adapters; None to train all of it.
+            blocks: Of the net.
+            run: Runs it once.
+            source: Where its weights come from; None where they can't be loaded again.
+            new: Names of its parameters that no weights were loaded for.
+        """
+        if source is None and self.save_base is False:
+            raise ValueError("model.save_base false needs pretrained weights, which can be loaded again")
+        if how is None and self.save_base is not False:
+            return
+        net = self.get_submodule(path)
+        self.base = Base(net, path, source, (*new, *blocks.get("head", ())))
+        if how is not None:
+            self.peft = how = Peft(**how) if isinstance(how, dict) else how
+            adapt(net, how, blocks, run, new)
+            log.info("%s", describe(net, how))
+            self.untuned = {p for p in net.parameters() if not p.requires_grad}
+            norms = [m for m in net.modules() if getattr(m, "running_mean", None) is not None]
+            self.still = {m for m in norms if not any(p.requires_grad for p in m.parameters())}
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; statistics that go with frozen weights stand still."""
+        super().train(mode)
+        for module in self.still:
+            module.training = False
+        return self
+
     def param_groups(self) -> list[dict[str, Any]]:
         """The blocks' parameters, each with its learning rate's scale, norms and biases without weight decay."""
-        return param_groups(
+        groups = param_groups(
             self,
             self.layer_groups(),
             weight_decay=None,  # the optimiser's own
             layer_decay=self.layer_decay,
             lr_multipliers=self.lr_multipliers,
         )
+        if self.lr_factor <= 0:
+            raise ValueError(f"model.lr_factor must be above 0; received {self.lr_factor:g}")
+        return [group | {"lr_scale": group["lr_scale"] * self.lr_factor} for group in groups]
 
     def configure_optimizers(self) -> Any:
         """Every parameter in one named group, a schedule per optimiser step."""
@@ -105,7 +167,7 @@ class RecipeModule(LightningModule):
             raise ValueError(
                 "L-BFGS evaluates its closure several times a step: it needs trainer.accumulate_grad_batches=1"
             )
-        log.info("%s", table(describe(optimizer)))
+        log.info("%s", table(describe_groups(optimizer)))
         schedule = self.schedule(optimizer, self.trainer.estimated_stepping_batches)  # type: ignore[arg-type]
         self._configured = snapshot(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -149,6 +211,8 @@ class RecipeModule(LightningModule):
         batches, and the sum of gradients is scaled by the whole count, once it is known: after the backward pass of
         the step's last batch, which is before any penalty is added, any norm is clipped.
         """
+        for module in self.still:  # not before the fit, which would warn of modules in evaluation mode
+            module.training = False
         ranks, batches = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if ranks * batches == 1:
             return
@@ -176,12 +240,24 @@ class RecipeModule(LightningModule):
             torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name, facts and versions; during a step, what its batches so far count."""
+        """Name, facts and versions; during a step, what its batches so far count. Frozen weights may be left out."""
         versions = {"finetuning-recipes": __version__, "torch": str(torch.__version__)}
         checkpoint["recipe"] = {"name": self.recipe, **self.facts(), "versions": versions}
         checkpoint["step_counts"] = self.step_counts
+        if (base := self.base) is not None and base.source is not None and not self.save_base:
+            from callbacks import Freeze
+
+            held = [c for c in self.trainer.callbacks if isinstance(c, Freeze)]  # type: ignore[attr-defined]
+            frozen, still = (
+                self.untuned.union(*(c.frozen for c in held)),
+                self.still.union(*(c.eval_modules for c in held)),
+            )
+            checkpoint["state_dict"] = base.leave_out(checkpoint["state_dict"], frozen, still)
+            checkpoint["recipe"]["base"] = {"source": base.source, "digest": base.digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.base is not None:
+            self.base.complete(checkpoint, self)
         counts = checkpoint.get("step_counts")
         self.step_counts = None if counts is None else counts.to(self.device)
 

@@ -462,3 +462,30 @@ def test_sharded_parameters_are_refused() -> None:
     fake = SimpleNamespace(strategy=ModelParallelStrategy(), optimizers=[])
     with pytest.raises(ValueError, match="penalties need whole parameters, received ModelParallelStrategy"):
         L2(0.1).on_train_start(fake, Net())  # type: ignore[arg-type]
+
+
+class Adapted(Net):
+    """With matrices of LoRA beside a frozen layer, of which the module says that it never trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+        self.first.requires_grad_(False)
+        self.untuned = {*self.first.parameters()}
+
+
+def test_adapters_are_pulled_to_zero_and_what_never_trains_is_not_kept() -> None:
+    net, callback = Adapted(), L2SP(0.5, exclude=["head"])
+    wrapped = nn.ModuleDict({"inner": net})  # names of adapters lie inside a net
+    wrapped.untuned = net.untuned
+    callback.choose(SimpleNamespace(is_global_zero=False, global_step=0), wrapped)  # type: ignore[arg-type]
+    zero = {name for name, start in callback.start.items() if not start.any() and "norm" not in name}
+    assert zero == {"inner.lora_A.default.weight", "inner.lora_B.default.weight"}
+    assert not any(name.startswith("inner.first") for name in callback.start)
+    assert "inner.frozen.weight" in callback.start, "may open later"
+    matrix = net.lora_A["default"].weight  # type: ignore[union-attr]
+    before = matrix.detach().clone()
+    matrix.grad = torch.zeros_like(matrix)
+    callback.proximal_step({"params": [matrix]}, lr=2.0)
+    torch.testing.assert_close(matrix.detach(), before / (1 + 2.0 * 0.5))
