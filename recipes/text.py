@@ -38,6 +38,7 @@ from .parts.peft import Peft
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
 from .training.base import RecipeModule
+from .training.lesson import Lesson
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,12 @@ class TextClassifier(RecipeModule):
             `recipes.parts.peft.Peft`; the head trains as ever.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
             `peft` freezes them. Such a checkpoint is small, and needs the same encoder to be used.
+        teacher: A checkpoint of this recipe, or an export's folder with its program, that knows these classes and has
+            this tokenizer: its answers are learnt, too (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+        teacher_weight: Of the teacher's answers in the loss; the labels have the rest.
+        temperature: At which answers are compared; the higher, the more the less probable classes count.
+        match_blocks: Blocks of this net, and of the teacher's, whose features are to be alike, after a learnt map.
+        match_weight: Of the features' loss, which is added.
         gradient_checkpointing: Whether to compute activations twice and keep few of them: less memory, a third more
             time.
     """
@@ -114,6 +121,11 @@ class TextClassifier(RecipeModule):
         lr_factor: float = 1.0,
         peft: Peft | None = None,
         save_base: bool | None = None,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
+        match_blocks: dict[str, str] | None = None,
+        match_weight: float = 1.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(
@@ -147,11 +159,17 @@ class TextClassifier(RecipeModule):
             {split: metrics_of(problem_type, num_classes, f"{split}/") for split in ("val", "test")}
         )
         self.per_class = per_class_counts(num_classes) if single else None
+        if teacher is not None:
+            from .training.teacher import Teacher
+
+            how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
+            knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))
+            self.lesson = Lesson(knows, self, tokens, weight=teacher_weight, temperature=temperature, **how)
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules."""
         groups = {name: [f"net.{path}" for path in paths] for name, paths in encoder_blocks(self.net).items()}
-        return groups if self.pooling == "model" else groups | {"head": ["head"]}
+        return self.with_projections(groups if self.pooling == "model" else groups | {"head": ["head"]})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Tokens, their mask and types, each `(batch, length)`, to logits `(batch, num_classes)`."""
@@ -184,7 +202,7 @@ class TextClassifier(RecipeModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.logits(batch)
         weight = {} if self.class_weights is None else {"weight": self.class_weights}
-        loss = self.loss(logits, batch["label"], **weight)
+        loss = self.taught(self.loss(logits, batch["label"], **weight), logits, batch)
         self.update_train_metrics(loss, self.correct_count(logits.detach(), batch["label"]), len(logits))
         return self.in_step(loss)
 
@@ -263,6 +281,9 @@ class TextCLI(RecipeCLI):
         if data.tokenizer_name is None:
             data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
         most = max_tokens(self.model.net)
+        if most is not None and data.max_length > most and self.model.peft and self.model.peft.method == "prompt":
+            log.info("data.max_length: %d; the prompt takes the other positions", most)
+            data.max_length = most
         if most is not None and data.max_length > most:
             early.stop(
                 f"data.max_length is {data.max_length}, and {self.model.hparams['encoder']} takes {most} at most"

@@ -38,6 +38,7 @@ from .parts.peft import Peft, channels_last
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .training.base import RecipeModule
+from .training.lesson import Lesson
 from .training.precompute import precompute
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,12 @@ class VisionClassifier(RecipeModule):
             `recipes.parts.peft.Peft`; the head trains as ever.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `weights`; if not given, unless
             `peft` freezes them. Such a checkpoint is small, and needs the same weights to be used.
+        teacher: A checkpoint of this recipe, or an export's folder with its program, that knows these classes: its
+            answers are learnt, too (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+        teacher_weight: Of the teacher's answers in the loss; the labels have the rest.
+        temperature: At which answers are compared; the higher, the more the less probable classes count.
+        match_blocks: Blocks of this net, and of the teacher's, whose features are to be alike, after a learnt map.
+        match_weight: Of the features' loss, which is added.
         mirror_at_test: Whether `test` and `predict` give the mean probabilities of an image and its mirror image.
         top_k: How many of the most probable classes `predict` gives.
         compile_backbone: Whether to torch.compile the backbone.
@@ -112,6 +119,11 @@ class VisionClassifier(RecipeModule):
         lr_factor: float = 1.0,
         peft: Peft | None = None,
         save_base: bool | None = None,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
+        match_blocks: dict[str, str] | None = None,
+        match_weight: float = 1.0,
         mirror_at_test: bool = False,
         top_k: int = 1,
         compile_backbone: bool = False,
@@ -150,13 +162,19 @@ class VisionClassifier(RecipeModule):
         )
         self.per_class = per_class_counts(num_classes)
         channels_last(self)
+        if teacher is not None:
+            from .training.teacher import Teacher
+
+            how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
+            knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))
+            self.lesson = Lesson(knows, self, {"image": image}, weight=teacher_weight, temperature=temperature, **how)
         if compile_backbone:
             self.backbone.compile()
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules or parameters."""
         groups = {name: [f"backbone.{path}" for path in paths] for name, paths in self.backbone.blocks.items()}
-        return groups | {"head": ["head", *(["aux_heads"] if len(self.aux_heads) else [])]}
+        return self.with_projections(groups | {"head": ["head", *(["aux_heads"] if len(self.aux_heads) else [])]})
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], `(batch, 3, height, width)`, to logits `(batch, num_classes)`."""
@@ -204,6 +222,7 @@ class VisionClassifier(RecipeModule):
         loss = self.loss(logits, target, weight=self.class_weights)
         for aux_logits in extra:
             loss = loss + self.aux_weight * self.loss(aux_logits, target, weight=self.class_weights)
+        loss = self.taught(loss, logits, batch)
         correct = (logits.detach().argmax(1) == batch["label"]).sum()
         self.update_train_metrics(loss, correct, len(logits))
         return self.in_step(loss)

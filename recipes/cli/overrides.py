@@ -49,6 +49,8 @@ def override_checkpoint(config: Any, subcommand: str) -> None:
                     f"or start afresh with --model.weights"
                 )
             log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
+    if subcommand != "fit" and "teacher" in config.model:
+        config.model.teacher = config.model.match_blocks = None  # it has taught
     if subcommand != "fit" and "base" not in checkpoint.get("recipe", {}):
         without_weights(config.model)
 
@@ -81,7 +83,13 @@ def stop_if_finished(checkpoint: Mapping[str, Any], path: str, trainer: Any) -> 
 
 def without_weights(model: Any) -> None:
     """Have a model's config load no pretrained weights."""
-    for name, value in (("weights", None), ("pretrained", False), ("save_base", None)):
+    for name, value in (
+        ("weights", None),
+        ("pretrained", False),
+        ("save_base", None),
+        ("teacher", None),
+        ("match_blocks", None),
+    ):
         if name in model:
             model[name] = value
 

@@ -131,6 +131,7 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
     left_out = ("optimizer", "schedule")
     saved = checkpoint["hyper_parameters"].items()
     arguments = {name: value for name, value in saved if name not in left_out and not name.startswith("_")}
+    arguments |= {name: None for name in ("teacher", "match_blocks") if name in arguments}
     data, run, tokenizer = data_of(checkpoint), run_of_checkpoint(str(path)), None
     loads = {"vision": "weights", "text": "encoder"}[recipe]
     whole = "base" not in made_by

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses import labelled
+
 Batch = dict[str, Any]
 
 
@@ -38,15 +40,15 @@ def fingerprint(module: nn.Module, *facts: Any) -> str:
 
 
 @torch.no_grad()
-def extract(backbone: Callable[[Tensor], Tensor], views: Sequence[Iterable[Batch]], samples: int, file: Path) -> Tensor:
-    """Run every view of every sample through a backbone, into a file; or read the file where it exists.
+def extract(found_in: Callable[[Batch], Tensor], views: Sequence[Iterable[Batch]], samples: int, file: Path) -> Tensor:
+    """Compute something of every view of every sample, into a file; or read the file where it exists.
 
     The file appears under its name only when it is complete: an interrupted run leaves nothing wrong.
 
     Args:
-        backbone: Images `(batch, 3, height, width)` to features `(batch, width)`; in evaluation mode.
-        views: For each view, batches with `image` and `index`, on the backbone's device, that together hold
-            each of the samples once, in any order; a `label` of -100 marks one that does not count.
+        found_in: A batch to features or logits, `(batch, width)`; by a net in evaluation mode.
+        views: For each view, batches with `index`, on the net's device, that together hold each of the samples once,
+            in any order; a `label` of -100 marks one that does not count.
         samples: Their number.
         file: Where the features are kept; its name should be a `fingerprint` of all they depend on.
 
@@ -65,11 +67,11 @@ def extract(backbone: Callable[[Tensor], Tensor], views: Sequence[Iterable[Batch
     for view, batches in enumerate(views):
         seen = torch.zeros(samples, dtype=torch.bool)
         for batch in batches:
-            found, index = backbone(batch["image"]).float().cpu(), batch["index"].cpu()
+            found, index = found_in(batch).float().cpu(), batch["index"].cpu()
             if values is None:
                 values = _mapped(unfinished, len(views) * samples * found.shape[1]).view(shape)
             values[view, index] = found
-            seen[index[batch["label"].cpu() >= 0] if "label" in batch else index] = True
+            seen[index[labelled(batch["label"]).cpu()] if "label" in batch else index] = True
         if not seen.all():
             raise ValueError(f"{int(seen.sum())} of {samples} samples came in view {view}: features would be missing")
     if values is None:

@@ -24,6 +24,7 @@ from ..parts.param_groups import param_groups, table
 from ..parts.peft import Peft, adapt, describe
 from ..parts.schedules import Plateau, Schedule
 from .base_weights import Base
+from .lesson import Lesson
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,6 +65,8 @@ class RecipeModule(LightningModule):
         save_base: bool | None = None,
     ) -> None:
         super().__init__()
+        self.lesson: Lesson | None = None  # from a teacher; no module, so that no checkpoint holds it
+        self.projections = nn.ModuleDict()  # student's block -> map to the features of the teacher's
         self.optimizer, self.schedule = optimizer, schedule
         self.layer_decay, self.lr_multipliers, self.lr_factor = layer_decay, lr_multipliers, lr_factor
         self.save_base = save_base
@@ -139,6 +142,26 @@ class RecipeModule(LightningModule):
             self.untuned = {p for p in net.parameters() if not p.requires_grad}
             norms = [m for m in net.modules() if getattr(m, "running_mean", None) is not None]
             self.still = {m for m in norms if not any(p.requires_grad for p in m.parameters())}
+
+    def taught(self, loss: Tensor, logits: Tensor, batch: Any) -> Tensor:
+        """A batch's loss on its labels, with what a teacher says to it."""
+        if self.lesson is None:
+            return loss
+        losses = self.lesson.losses(self, logits, batch)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for name, value in losses.items():
+                self.log(f"train/{name}", value.detach(), batch_size=len(logits))
+        return self.lesson.whole(loss, losses)
+
+    def with_projections(self, groups: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Blocks whose last holds the projections, too, if there are any."""
+        if len(self.projections):
+            groups[next(reversed(groups))].append("projections")
+        return groups
+
+    def on_fit_start(self) -> None:
+        if self.lesson is not None:
+            self.lesson.begin(self.trainer, self.device)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; statistics that go with frozen weights stand still."""
@@ -254,8 +277,12 @@ class RecipeModule(LightningModule):
             )
             checkpoint["state_dict"] = base.leave_out(checkpoint["state_dict"], frozen, still)
             checkpoint["recipe"]["base"] = {"source": base.source, "digest": base.digest}
+        state = checkpoint["state_dict"]  # a student needs its projections to go on, and not to be used
+        checkpoint["projections"] = {name: state.pop(name) for name in list(state) if name.startswith("projections.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if len(self.projections):
+            checkpoint["state_dict"] |= checkpoint["projections"]
         if self.base is not None:
             self.base.complete(checkpoint, self)
         counts = checkpoint.get("step_counts")

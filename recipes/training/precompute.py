@@ -42,7 +42,7 @@ def precompute(model: Any, data: Any, views: int, folder: Path) -> None:
         kind = type(data.view_dataloader(split, None).dataset).__name__  # decodes what is to lie in memory
         facts = (data.augment if augmented else "none", chosen, data.seed, data.image_size, kind, data.flip)
         data.features[split] = extract(
-            lambda images: model.backbone(model.normalise(images)),
+            lambda batch: model.backbone(model.normalise(batch["image"])),
             [batches_of(data, split, view, device) for view in chosen],
             len(data.splits[split].labels),
             folder / f"{fingerprint(model.backbone, *facts, data.fingerprint(split))}.f32",
