@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
 from .cli.overrides import take_class_names
+from .parts.blocks import Fusion
 from .parts.checkpoints import encoder_of, glance, save_for_transformers
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool
 from .parts.heads import HeadInit, HeadKind, build_head
@@ -60,9 +61,12 @@ class TextClassifier(RecipeModule):
         encoder: Name on the hub, folder, or name of an encoder that ships with this package. Weights are read from
             safetensors only, and no code from the hub is run.
         pretrained: Whether to load its weights; without, only its architecture is taken.
+        architecture: Attributes of its configuration to change: `num_hidden_layers` keeps the first layers; another
+            `hidden_size` takes `pretrained` false, for a small net with a large one's tokenizer.
         problem_type: `single_label_classification`, `multi_label_classification` or `regression`; the data's.
         pooling: What the head sees. `model`: transformers' own classifier for this encoder, with its pooler; the
             result opens in plain transformers. `cls`: the first token. `mean`: the mean over real tokens.
+        fuse_blocks: Blocks, `layer3` for one, whose outputs the head sees beside the last, with pooling cls or mean.
         head: `linear`, `mlp` or `cosine`; other than linear with pooling cls or mean.
         head_hidden: Width of the hidden layer of `mlp`.
         head_dropout: Probability of dropping a feature before the head; the encoder's own if not given.
@@ -85,8 +89,9 @@ class TextClassifier(RecipeModule):
             `recipes.parts.peft.Peft`; the head trains as ever.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
             `peft` freezes them. Such a checkpoint is small, and needs the same encoder to be used.
-        teacher: A checkpoint of this recipe, or an export's folder with its program, that knows these classes and has
-            this tokenizer: its answers are learnt, too (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+        teacher: A checkpoint of this recipe, a folder of runs, or an export's with its program, that knows these
+            classes and has this tokenizer: its answers are learnt, too (Hinton et al. 2015,
+            https://arxiv.org/abs/1503.02531).
         teacher_weight: Of the teacher's answers in the loss; the labels have the rest.
         temperature: At which answers are compared; the higher, the more the less probable classes count.
         match_blocks: Blocks of this net, and of the teacher's, whose features are to be alike, after a learnt map.
@@ -102,8 +107,10 @@ class TextClassifier(RecipeModule):
         num_classes: int,
         encoder: str = "google-bert/bert-base-uncased",
         pretrained: bool = True,
+        architecture: dict[str, Any] | None = None,
         problem_type: ProblemType = "single_label_classification",
         pooling: Pooling = "model",
+        fuse_blocks: list[str] | None = None,
         head: HeadKind = "linear",
         head_hidden: int = 512,
         head_dropout: float | None = None,
@@ -137,17 +144,28 @@ class TextClassifier(RecipeModule):
             raise ValueError(f"class_weights, label_smoothing and the focal loss are for one label, not {problem_type}")
         if pooling == "model" and head != "linear":
             raise ValueError(f"pooling model brings transformers' own head; for head {head} take pooling cls or mean")
+        if pooling == "model" and fuse_blocks:
+            raise ValueError("pooling model brings transformers' own head; for fuse_blocks take pooling cls or mean")
         self.pooling, self.problem_type, self.monitor = pooling, problem_type, MONITORS[problem_type]
         build = functools.partial(
-            build_encoder, encoder, pretrained=pretrained, dropout=dropout, reinit_layers=reinit_layers
+            build_encoder,
+            encoder,
+            pretrained=pretrained,
+            dropout=dropout,
+            reinit_layers=reinit_layers,
+            changes=architecture,
         )
+        tokens = {name: torch.ones(1, 2, dtype=torch.long) for name in INPUTS[:2]}
+        self.fusion: Fusion | None = None
         if pooling == "model":
             self.net = build(num_classes=num_classes, problem_type=problem_type, head_dropout=head_dropout)
         else:
             self.net = build()
             width, dropped = self.net.config.hidden_size, 0.1 if head_dropout is None else head_dropout
+            if fuse_blocks:
+                self.fusion = Fusion(self.net, encoder_blocks(self.net), fuse_blocks, lambda: self.net(**tokens))
+                width += self.fusion.width
             self.head = build_head(head, width, num_classes, hidden=head_hidden, dropout=dropped, init=head_init)
-        tokens = {name: torch.ones(1, 2, dtype=torch.long) for name in INPUTS[:2]}
         source = encoder if pretrained else None
         self.tune("net", peft, encoder_blocks(self.net), lambda: self.net(**tokens), source, self.net.new_weights)
         if gradient_checkpointing:
@@ -177,7 +195,7 @@ class TextClassifier(RecipeModule):
         out = self.net(input_ids=input_ids, attention_mask=attention_mask, **types)
         if self.pooling == "model":
             return out.logits  # type: ignore[no-any-return]
-        return self.head(pool(out.last_hidden_state, attention_mask, self.pooling))  # type: ignore[no-any-return]
+        return self.head(pool(out.last_hidden_state, attention_mask, self.pooling, self.fusion))  # type: ignore[no-any-return]
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a batch."""

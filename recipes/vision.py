@@ -57,6 +57,7 @@ class VisionClassifier(RecipeModule):
             nothing.
         image_size: Side in pixels of the images; the backbone's own if not given.
         small_stem: For ResNets on images of 64 px and less: a 3 x 3 stem without max-pooling.
+        fuse_blocks: Blocks whose outputs, averaged over places, the head sees beside the features.
         head: `linear`, `mlp` or `cosine`.
         head_hidden: Width of the hidden layer of `mlp`.
         head_dropout: Probability of dropping a feature before each linear layer of the head.
@@ -79,8 +80,8 @@ class VisionClassifier(RecipeModule):
             `recipes.parts.peft.Peft`; the head trains as ever.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `weights`; if not given, unless
             `peft` freezes them. Such a checkpoint is small, and needs the same weights to be used.
-        teacher: A checkpoint of this recipe, or an export's folder with its program, that knows these classes: its
-            answers are learnt, too (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+        teacher: A checkpoint of this recipe, a folder of runs, or an export's with its program, that knows these
+            classes: its answers are learnt, too (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
         teacher_weight: Of the teacher's answers in the loss; the labels have the rest.
         temperature: At which answers are compared; the higher, the more the less probable classes count.
         match_blocks: Blocks of this net, and of the teacher's, whose features are to be alike, after a learnt map.
@@ -102,6 +103,7 @@ class VisionClassifier(RecipeModule):
         weights: str | None = None,
         image_size: int | None = None,
         small_stem: bool = False,
+        fuse_blocks: list[str] | None = None,
         head: HeadKind = "linear",
         head_hidden: int = 512,
         head_dropout: float = 0.0,
@@ -144,6 +146,8 @@ class VisionClassifier(RecipeModule):
             new += self._reinitialise(build(), reinit_blocks)
         image = torch.zeros(1, 3, self.backbone.input_size, self.backbone.input_size)
         self.tune("backbone", peft, self.backbone.blocks, lambda: self.backbone(image), weights, new)
+        if fuse_blocks:
+            self.backbone.fuse(fuse_blocks)
         new_head = functools.partial(
             build_head, head, hidden=head_hidden, dropout=head_dropout, init=head_init, num_classes=num_classes
         )

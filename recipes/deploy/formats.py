@@ -122,7 +122,7 @@ def graph_of(restored: Restored) -> nn.Module:
     model = restored.model
     if restored.recipe == "text":
         head = None if model.pooling == "model" else model.head
-        return TokenGraph(model.net, head, model.pooling, restored.problem_type).eval()
+        return TokenGraph(model.net, head, model.pooling, restored.problem_type, model.fusion).eval()
     graph = ImageGraph(model.backbone, model.head, model.mean, model.std, model.mirror_at_test)
     return graph.eval().to(memory_format=torch.contiguous_format)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parts.blocks import Fusion
 from ..parts.encoders import Pooling, pool
 
 PROBABILITIES: dict[str, Any] = {  # by problem; a score has none
@@ -58,11 +59,19 @@ class TokenGraph(nn.Module):
         head: Features to logits `(batch, classes)`; None with pooling `model`.
         pooling: What the head sees.
         problem_type: Which probabilities there are.
+        fusion: Of blocks of the net, if any are joined.
     """
 
-    def __init__(self, net: nn.Module, head: nn.Module | None, pooling: Pooling, problem_type: str) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        head: nn.Module | None,
+        pooling: Pooling,
+        problem_type: str,
+        fusion: Fusion | None = None,
+    ) -> None:
         super().__init__()
-        self.net, self.head, self.pooling = net, head, pooling
+        self.net, self.head, self.pooling, self.fusion = net, head, pooling, fusion
         self.probabilities = PROBABILITIES.get(problem_type)
 
     def forward(
@@ -74,5 +83,5 @@ class TokenGraph(nn.Module):
         if self.head is None:
             logits = out.logits
         else:
-            logits = self.head(pool(out.last_hidden_state, attention_mask, self.pooling))
+            logits = self.head(pool(out.last_hidden_state, attention_mask, self.pooling, self.fusion))
         return (logits, self.probabilities(logits)) if self.probabilities else (logits,)

@@ -183,7 +183,7 @@ def text_model(
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_text(content, encoding="utf-8")
-        afresh = {"encoder": folder, "pretrained": False, "reinit_layers": 0} if whole else {}
+        afresh = {"encoder": folder, "pretrained": False, "architecture": None, "reinit_layers": 0} if whole else {}
         model: Any = RecipeModule.known["text"](**{**arguments, "gradient_checkpointing": False, **afresh})
         model.hparams.update(encoder=arguments["encoder"])  # not a folder that is about to go
         source = folder if len(files) > 1 else f"{run}/hf"

@@ -5,14 +5,9 @@ loss = (1 - weight) * loss + weight * distillation_loss(logits, told, temperatur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .spelling import did_you_mean
 
 
 def distillation_loss(
@@ -84,30 +79,3 @@ def projection(student: Tensor, teacher: Tensor) -> nn.Module:
         return nn.Linear(student.shape[2], teacher.shape[2])
     shapes = f"{tuple(student.shape)[1:]} and {tuple(teacher.shape)[1:]}"
     raise ValueError(f"match_blocks: features of {shapes} can't be matched; take maps with maps, tokens with as many")
-
-
-class Watch:
-    """Keeps what blocks of a net gave in the last forward pass.
-
-    Args:
-        net: The net.
-        groups: Its blocks, input to output: name -> dotted paths; a block's output is that of its last path.
-        names: Those to watch.
-
-    Raises:
-        ValueError: There is no such block.
-    """
-
-    def __init__(self, net: nn.Module, groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> None:
-        self.outputs: dict[str, Tensor] = {}
-        for name in names:
-            if name not in groups:
-                hint = f"{did_you_mean(name, list(groups))}; there are {', '.join(groups)}"
-                raise ValueError(f"match_blocks: {type(net).__name__} has no block {name!r}{hint}")
-            net.get_submodule(groups[name][-1]).register_forward_hook(self._keep(name))
-
-    def _keep(self, name: str) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs[name] = output[0] if isinstance(output, tuple) else output
-
-        return keep

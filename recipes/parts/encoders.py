@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .blocks import Fusion
 from .spelling import some
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def build_encoder(
     dropout: float | None = None,
     head_dropout: float | None = None,
     reinit_layers: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """An encoder, or with `num_classes` transformers' own classifier on top of it.
 
@@ -127,6 +129,7 @@ def build_encoder(
         dropout: Of the encoder's layers and attention; the configuration's if None.
         head_dropout: Before the classifier's last layer; the configuration's if None.
         reinit_layers: So many of the last layers, and the pooler, start from fresh weights.
+        changes: Attributes of its configuration that are to be others.
 
     Raises:
         FileNotFoundError: No such encoder, or none with safetensors.
@@ -134,7 +137,7 @@ def build_encoder(
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    config = encoder_config(name, published=not pretrained)
+    config = encoder_config(name, published=not pretrained, **(changes or {}))
     _set_dropout(config, dropout, head_dropout)
     kind: Any = AutoModel
     if num_classes is not None:
@@ -236,17 +239,22 @@ def encoder_blocks(model: Any) -> dict[str, list[str]]:
     return blocks
 
 
-def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling, fusion: Fusion | None = None) -> Tensor:
     """One vector for each text.
 
     Args:
         hidden: `(batch, length, width)`.
         attention_mask: `(batch, length)`, 0 for padding.
         pooling: `cls`, the first token; `mean`, over real tokens.
+        fusion: Blocks whose outputs in the same forward pass are pooled alike and joined.
 
     Returns:
         `(batch, width)`.
     """
+    if fusion is not None:
+        length = attention_mask.shape[1]  # a prompt stands in front
+        pooled = pool(hidden, attention_mask, pooling)
+        return fusion.join(pooled, lambda out: pool(out[:, -length:], attention_mask, pooling))
     if pooling == "cls":
         return hidden[:, 0]
     weight = attention_mask.unsqueeze(-1).to(hidden.dtype)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parts.distillation import Watch, distillation_loss, feature_loss, projection
+from ..parts.blocks import Watch
+from ..parts.distillation import distillation_loss, feature_loss, projection
 from ..parts.losses import labelled
 
 
@@ -49,7 +50,7 @@ class Lesson:
         self.match, self.match_weight = dict(match or {}), match_weight
         if not self.match:
             return
-        self.watch = Watch(student, student.layer_groups(), list(self.match))
+        self.watch = Watch(student, student.layer_groups(), list(self.match), "model.match_blocks")
         was, _ = student.training, student.eval()
         with torch.no_grad():
             student.logits(batch)

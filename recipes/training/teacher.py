@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deploy.restored import restore
-from ..parts.distillation import Watch
+from ..parts.blocks import Watch
 from ..parts.features import extract, fingerprint
 from ..parts.spelling import some
 
@@ -31,7 +31,7 @@ class Teacher:
     are resized.
 
     Args:
-        path: A `.ckpt`, or an export's folder with its `model.pt2`.
+        path: A `.ckpt`; an export's folder with its `model.pt2`; or a folder with runs: the newest's best.
         recipe: The student's.
         blocks: Whose features are asked for; of a checkpoint only.
 
@@ -45,9 +45,7 @@ class Teacher:
         self.order: Tensor | None = None
         self.device = torch.device("cpu")
         self.told: Tensor | None = None  # logits of each training sample, where they can be computed once
-        file = Path(path) / "model.pt2" if Path(path).is_dir() else Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"no teacher {path}: give a checkpoint, runs/.../best.ckpt, or an export of torch")
+        file = file_of(Path(path))
         if file.suffix == ".pt2":
             if blocks:
                 raise ValueError(
@@ -70,7 +68,7 @@ class Teacher:
             self.net.requires_grad_(False)
         if made_by != recipe:
             raise ValueError(f"the teacher {path} is of recipes.{made_by}, and its student of recipes.{recipe}")
-        self.watch = Watch(self.net, self.net.layer_groups(), blocks) if blocks else None
+        self.watch = Watch(self.net, self.net.layer_groups(), blocks, "model.match_blocks") if blocks else None
 
     def meet(self, data: Any) -> None:
         """Bring its classes into the data's order, by name.
@@ -143,6 +141,23 @@ class Teacher:
         file = folder / f"teacher_{key}.f32"
         log.info("teacher: its answers to %d samples, %s", count, "from a file" if file.is_file() else "computed once")
         self.told = extract(self.logits, [_batches(data, self.device)], count, file)[0]
+
+
+def file_of(path: Path) -> Path:
+    """The checkpoint or the program that a path stands for.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if (path / "model.pt2").is_file():
+        return path / "model.pt2"
+    runs = sorted(path.glob("**/checkpoints/best.ckpt"), key=lambda file: file.stat().st_mtime)
+    file = runs[-1] if runs else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no teacher {path}: give a checkpoint, runs/.../best.ckpt, an export's folder, or one with finished runs"
+        )
+    return file
 
 
 def _batches(data: Any, device: torch.device) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Fusion, over_places
 from ..spelling import nearest_name
 
 RGB = tuple[float, float, float]
@@ -76,6 +77,17 @@ class Backbone(nn.Module):
         self.aux_widths = aux_widths
         self.input_size, self.min_size = facts.input_size, facts.min_size
         self.mean, self.std = facts.mean, facts.std
+        self.fusion: Fusion | None = None
+
+    def fuse(self, names: Sequence[str]) -> None:
+        """Give more features: the named blocks' outputs, averaged over places, after the net's own.
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        image = torch.zeros(1, 3, self.input_size, self.input_size)
+        self.fusion = Fusion(self, self.blocks, names, lambda: self.net(image))
+        self.width += self.fusion.width
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, 3, height, width)` to features `(batch, width)`.
@@ -101,11 +113,12 @@ class Backbone(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(images)
-        features = self.net(images)
+        features, aux = self.net(images), []
         if isinstance(features, tuple):  # torchvision's order: the net's output, then the branches, deepest first
             features, *aux = features
-            return features, aux[::-1]
-        return features, []
+        if self.fusion is not None:
+            features = self.fusion.join(features, over_places)
+        return features, aux[::-1]
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:

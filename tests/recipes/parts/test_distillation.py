@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from recipes.parts.distillation import Watch, distillation_loss, feature_loss, projection
+from recipes.parts.distillation import distillation_loss, feature_loss, projection
 
 STUDENT, TEACHER = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -73,13 +72,3 @@ def test_a_projection_brings_features_to_the_teachers_width() -> None:
     assert projection(torch.rand(1, 7, 4), torch.rand(1, 7, 6))(torch.rand(3, 7, 4)).shape == (3, 7, 6)
     with pytest.raises(ValueError, match=r"features of \(4, 2, 2\) and \(7, 6\) can't be matched"):
         projection(torch.rand(1, 4, 2, 2), torch.rand(1, 7, 6))
-
-
-def test_blocks_are_watched_by_name() -> None:
-    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    watch = Watch(net, {"body": ["0", "1"], "head": ["2"]}, ["body"])
-    x = torch.rand(4, 2)
-    net(x)
-    torch.testing.assert_close(watch.outputs["body"], net[0](x).relu())
-    with pytest.raises(ValueError, match="match_blocks: Sequential has no block 'bodi'; did you mean 'body'"):
-        Watch(net, {"body": ["0"], "head": ["2"]}, ["bodi"])

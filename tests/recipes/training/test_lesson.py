@@ -50,7 +50,10 @@ def test_without_labels_it_answers_as_its_teacher_does(teacher: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--data.augment=none"], ["--model.match_blocks={layer2: layer3, layer3: layer3}", "--data.augment=standard", "--data.mixup=0.2"]],
+    [
+        ["--data.augment=none"],
+        ["--model.match_blocks={layer2: layer3, layer3: layer3}", "--data.augment=standard", "--data.mixup=0.2"],
+    ],
     ids=["answers from a file", "features, images mixed"],
 )
 def test_it_goes_on_bit_for_bit_and_is_used_without_its_teacher(

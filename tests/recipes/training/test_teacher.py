@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from recipes.deploy.restored import restore
 from recipes.export import export
-from recipes.training.teacher import Teacher
+from recipes.training.teacher import Teacher, file_of
 from tests.recipes.deploy.exports import fit_texts
 
 
@@ -61,6 +62,8 @@ def test_what_cannot_teach_is_refused(checkpoint: Path, images: dict[str, Any]) 
         Teacher("gone.ckpt", "vision")
     with pytest.raises(ValueError, match=r"is of recipes\.vision, and its student of recipes\.text"):
         Teacher(str(checkpoint), "text")
+    with pytest.raises(FileNotFoundError, match="no teacher empty: give a checkpoint"):
+        Teacher("empty", "vision")
     teacher = Teacher(str(checkpoint), "vision")
     with pytest.raises(ValueError, match="the teacher learnt single_label_classification, and the data are for regr"):
         teacher.meet(data([], problem_type="regression"))
@@ -121,3 +124,12 @@ def test_its_answers_are_computed_once_where_samples_stay_the_same(
     other.answer_once(pictures, own_folder)
     assert len(calls) == 2, "another order is another file"
     torch.testing.assert_close(other.logits(some), expected.flip(1)[[3, 1]])
+
+
+def test_a_folder_of_runs_stands_for_the_newest_best(own_folder: Path) -> None:
+    for number, name in enumerate(("newest", "oldest", "middle")):
+        file = own_folder / "runs" / name / "checkpoints" / "best.ckpt"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (0, -number % 3))
+    assert file_of(own_folder / "runs").parents[1].name == "oldest"
