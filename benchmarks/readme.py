@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS
-from recipes.cli.early import config_names, find_config, header
+from recipes.cli.early import config_names, find_config, header, strategy_names
+from tests.adapted_nets import table as adapters
 
-PAGES = [Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"]
+HOME = Path(__file__).parents[1]
+PAGES = [HOME / "README.md", HOME / "benchmarks" / "README.md", HOME / "docs" / "adapters.md"]
 
 
 def result(name: str) -> dict[str, Any]:
@@ -34,6 +36,15 @@ def configs() -> str:
         measured = text.split("Measured: ")[1].split(" Source:")[0].rstrip(".")
         rows.append(f"| `{name}` | {what} | {measured} |")
     return "\n".join(["| config | what | measured |", "|---|---|---|", *rows])
+
+
+def strategies() -> str:
+    """A row per strategy: name and what it does."""
+    rows = []
+    for name in strategy_names():
+        what = header(find_config(name))[0].rstrip(".")
+        rows.append(f"| `{name.removeprefix('strategy/')}` | {what} |")
+    return "\n".join(["| strategy | what |", "|---|---|", *rows])
 
 
 def quickstart() -> str:
@@ -192,6 +203,8 @@ def filled(text: str) -> str:
 PARTS = {
     "quickstart": quickstart,
     "configs": configs,
+    "strategies": strategies,
+    "adapters": adapters,
     "forgetting": forgetting,
     "few": partial(by_images, "few_images", with_seconds=True),
     "cost": cost,

@@ -40,7 +40,7 @@ REFUSED = {
     **{(method, net): FOR_TEXTS for method in ("prompt", "prefix") for net in BACKBONES},
     ("prefix", "DeBERTa-v2"): OWN_ATTENTION,
     ("prefix", "MPNet"): OWN_ATTENTION,
-    ("BitFit", "ModernBERT"): "leaves only the head: the encoder has no biases; take lora",
+    ("BitFit", "ModernBERT"): "the blocks that it freezes have no biases to train",
 }
 
 

@@ -80,16 +80,12 @@ def frozen(model: Any, method: str) -> Iterator[None]:
 def test_it_trains_saves_loads_merges_and_exports_or_is_refused(
     method: str, net: str, weights: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    if method in ("prompt", "prefix") and (method, net) in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[method, net]):
-            build(net, method, weights[net])
+    if (method, net) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[method, net]), frozen(build(net, method, weights[net]), method):
+            pass
         return
     model, batch = build(net, method, weights[net]), batch_of(net)
     with frozen(model, method):
-        if (method, net) in REFUSED:  # BitFit without biases
-            trained = [name for name, p in model.named_parameters() if p.requires_grad]
-            assert all(name.startswith(tuple(model.layer_groups()["head"])) for name in trained)
-            return
         train(model, batch)
         checkpoint = {"state_dict": model.state_dict()}
         model.on_save_checkpoint(checkpoint)

@@ -63,8 +63,8 @@ class Freeze(_Freezing):
         frozen_dropout: Leave dropout on in frozen blocks; BatchNorm's statistics stay as they are.
 
     Raises:
-        ValueError: Nothing is asked for, a pattern matches nothing new, or nothing would train; another Freeze or a
-            finetuning callback of Lightning's.
+        ValueError: Nothing is asked for, a pattern matches nothing new, there are no norms or biases, or nothing would
+            train; another Freeze or a finetuning callback of Lightning's.
 
     Example:
         >>> Trainer(callbacks=[Freeze(train_last_blocks=1, train_norms=True)]).fit(model, data)
@@ -97,6 +97,7 @@ class Freeze(_Freezing):
             for parameter in part.parameters(recurse=False)
         }
         trains: dict[str, bool] = {}
+        exempt = 0
         unused = set(self.patterns)
         for position, members in enumerate(blocks.values(), 1):
             for name, parameter in members.items():
@@ -105,10 +106,14 @@ class Freeze(_Freezing):
                 by_kind = (self.train_norms and parameter in norms) or (self.train_biases and name.endswith("bias"))
                 by_place = position > len(blocks) - last
                 trains[name] = by_kind or by_place if match is None else self.patterns[match]
+                exempt += by_kind and not by_place
         known = dict(module.named_parameters())
         if unused:
             pattern = min(unused)
             raise ValueError(f"Freeze: pattern {pattern!r} decides on no parameter{did_you_mean(pattern, known)}")
+        if (self.train_norms or self.train_biases) and not exempt:
+            kinds = " or ".join(["norms"] * self.train_norms + ["biases"] * self.train_biases)
+            raise ValueError(f"Freeze: the blocks that it freezes have no {kinds} to train; leave the option out")
         if not any(trains.values()):
             raise ValueError("Freeze leaves nothing to train: raise train_last_blocks or let a pattern train")
         return {name: known[name] for name in trains if not trains[name]}
