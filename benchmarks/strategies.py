@@ -13,23 +13,17 @@ again, so a measurement that was killed goes on.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import os
 import random
-import resource
-import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.measure import RESULTS, write_result
+from benchmarks.runs import DATA, WORK, finished
 
-DATA = Path(os.environ.get("FINETUNING_DATA", "")).absolute()
-WORK = Path("runs/benchmark_strategies").absolute()
 SEEDS = (0, 1, 2)
 
 
@@ -146,44 +140,15 @@ def run(task: Task, way: str, factor: float, seed: int, options: Sequence[str]) 
         own.append(word) if word.startswith("--") else overlays.append(f"--config=strategy/{word}")
     arguments = [
         *(f"recipes.{task.recipe}", "fit", f"--config={task.config}", *overlays, f"--model.lr_factor={factor:g}", *own),
-        *("--trainer.accelerator=cpu", f"--seed_everything={seed}", f"--data.seed={seed}"),
+        *(f"--seed_everything={seed}", f"--data.seed={seed}"),
         *task.options,
         *options,
     ]
-    key = hashlib.sha256("\n".join(arguments).encode()).hexdigest()[:16]
-    kept = WORK / "done" / f"{key}.json"
-    if not kept.is_file():
-        folder = WORK / "runs" / key
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-m", *arguments, f"--trainer.default_root_dir={folder}"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        (report,) = folder.rglob("report.json")
-        told = json.loads(report.read_text())
-        found = {
-            "arguments": [word.replace(str(DATA), "DATA") for word in arguments],
-            "val": told["best"]["score"],
-            "test": {k: v for k, v in told["metrics"].items() if k.startswith("test/")} if "--test" in options else {},
-            "trained": told["cost"]["trained"],
-            "parameters": told["cost"]["parameters"],
-            "memory_gb": told["cost"]["memory_gb"],
-            "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-            "fit_s": told["cost"]["seconds"],
-            "checkpoint_mb": next(report.parent.rglob("best.ckpt")).stat().st_size / 1e6,
-        }
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found, indent=1))
-        shutil.rmtree(folder)
-    found = json.loads(kept.read_text())
+    found = finished(arguments)
     print(
         f"{way}, x{factor:g}, seed {seed}: val {found['val']:.4f} {found['test']}, {found['fit_s']:.0f} s", flush=True
     )
-    return dict(found)
+    return found
 
 
 def best_factor(task: Task, way: str) -> float:

@@ -178,7 +178,7 @@ class TextClassifier(RecipeModule):
         )
         self.per_class = per_class_counts(num_classes) if single else None
         if teacher is not None:
-            from .training.teacher import Teacher
+            from .deploy.teacher import Teacher
 
             how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
             knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))

@@ -167,7 +167,7 @@ class VisionClassifier(RecipeModule):
         self.per_class = per_class_counts(num_classes)
         channels_last(self)
         if teacher is not None:
-            from .training.teacher import Teacher
+            from .deploy.teacher import Teacher
 
             how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
             knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,11 @@ def build(net: str, method: str, weights: Path) -> Any:
     if net in ENCODERS:
         return TextClassifier(encoder=str(weights), dropout=0.0, head_dropout=0.0, **options)
     return VisionClassifier(backbone=BACKBONES[net], weights=str(weights), image_size=32, **options)
+
+
+@functools.cache
+def plain_names(net: str, weights: Path) -> list[str]:
+    return list(build(net, "BitFit", weights).state_dict())
 
 
 def batch_of(net: str) -> dict[str, Tensor]:
@@ -108,8 +114,7 @@ def test_it_trains_saves_loads_merges_and_exports_or_is_refused(
         merge(inner)
         assert not adapters(inner)
         torch.testing.assert_close(loaded.logits(batch), logits, atol=close, rtol=0)
-        plain = {name: t.shape for name, t in build(net, "BitFit", weights[net]).state_dict().items()}
-        assert {name: t.shape for name, t in loaded.state_dict().items()} == plain  # exports as the plain net does
+        assert list(loaded.state_dict()) == plain_names(net, weights[net])  # exports as the plain net does
     else:
         with pytest.raises(ValueError, match="no plain weights can hold"):
             merge(copy.deepcopy(inner))

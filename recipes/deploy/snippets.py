@@ -125,7 +125,7 @@ logits = model(**inputs).logits
 class_names = list(config.id2label.values())
 """
 
-WEIGHTS_ONLY = "safetensors holds weights only, and no other library builds a net that"
+WEIGHTS_ONLY = "safetensors holds weights only, and no other library builds a"
 PROBABILITIES = {
     "single_label_classification": "probabilities = logits.softmax(1)",
     "multi_label_classification": "probabilities = logits.sigmoid()",
@@ -190,7 +190,7 @@ def columns_of(restored: Any) -> str:
 def plain_images(model: Any) -> str:
     """For the weights alone, in a net that torchvision, timm or a small file builds."""
     if model.backbone.fusion is not None:
-        raise ValueError(f"{WEIGHTS_ONLY} joins blocks: take --format torch or onnx, which hold the net, too")
+        raise ValueError(f"{WEIGHTS_ONLY} net that joins blocks: take --format torch or onnx, which hold the net, too")
     imports, net = net_lines(model)
     mean, std = ([round(float(value), 6) for value in values.flatten()] for values in (model.mean, model.std))
     return PLAIN_IMAGES.format(
@@ -240,7 +240,7 @@ def as_source(module: nn.Module) -> str:
         return f"nn.Sequential({', '.join(map(as_source, module))})"
     if type(module).__name__ not in vars(nn):
         raise ValueError(
-            f"{WEIGHTS_ONLY} has a {type(module).__name__}: take --format torch or onnx, which hold the net, too"
+            f"{WEIGHTS_ONLY} {type(module).__name__}: take --format torch or onnx, which hold the net, too"
         )
     return f"nn.{module!r}"
 
@@ -249,7 +249,7 @@ def plain_texts(restored: Any) -> str:
     """For the weights alone, in a net that transformers builds."""
     model = restored.model
     if model.fusion is not None:
-        raise ValueError(f"{WEIGHTS_ONLY} joins blocks: take --format torch or onnx, which hold the net, too")
+        raise ValueError(f"{WEIGHTS_ONLY} net that joins blocks: take --format torch or onnx, which hold the net, too")
     inputs = TOKENS.format(array="torch.tensor", columns=columns_of(restored))
     shared = {"inputs": inputs, "probabilities": PROBABILITIES[restored.problem_type]}
     if model.pooling == "model":

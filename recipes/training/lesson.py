@@ -18,7 +18,7 @@ class Lesson:
     """A teacher's answers, and features of its blocks, as a loss beside that on the labels.
 
     Args:
-        teacher: Of `training.teacher`.
+        teacher: Of `deploy.teacher`.
         student: A recipe's module; it gets a projection for each block that is matched.
         batch: To learn the features' shapes from.
         weight: Of the answers in the loss, 0 to 1; the labels have the rest.

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from callbacks import EWC, L2SP, GradualUnfreezing, LRWarmup
 from datamodules import TextFiles
 from recipes.parts.checkpoints import load_checkpoint
+from recipes.parts.peft import Peft
 from recipes.text import TextClassifier, main
 from tests.nets import same
 from tests.tiny_encoders import KINDS, sentence, tiny_encoder, write_csv
@@ -169,13 +170,13 @@ def test_padding_changes_nothing(own_folder: Path) -> None:
         torch.testing.assert_close(model(padded, mask), short)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(own_folder: Path) -> None:
+@pytest.mark.parametrize("peft", [None, Peft("lora"), Peft("prefix")])
+def test_gradient_checkpointing_gives_the_same_gradients(peft: Peft | None, own_folder: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = TextClassifier(
-            2, encoder=str(tiny_encoder(own_folder / "bert")), gradient_checkpointing=checkpointing, dropout=0.0
-        )
+        encoder = str(tiny_encoder(own_folder / "bert"))
+        model = TextClassifier(2, encoder=encoder, gradient_checkpointing=checkpointing, dropout=0.0, peft=peft)
         ids = torch.tensor([[2, 8, 9, 3]])
         model(ids, torch.ones_like(ids)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

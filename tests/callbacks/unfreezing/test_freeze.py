@@ -43,6 +43,10 @@ def test_freeze_refuses_what_does_nothing() -> None:
         fit([Freeze(patterns={"layer9": False})])
     with pytest.raises(ValueError, match="nothing to train"):
         fit([Freeze(patterns={".": False})])
+    with pytest.raises(ValueError, match="the blocks that it freezes have no norms or biases to train"):
+        Freeze(1, train_norms=True, train_biases=True).chosen(
+            nn.Sequential(*(nn.Linear(2, 2, False) for _ in range(4)))
+        )
 
 
 def test_freeze_reaches_what_configure_model_builds() -> None:

@@ -37,8 +37,8 @@ def student(teacher: Path, *options: str) -> list[str]:
 
 
 def test_without_labels_it_answers_as_its_teacher_does(teacher: Path) -> None:
-    cli = vision(student(teacher, "--model.teacher_weight=1", "--trainer.max_epochs=12", "--model.temperature=1"))
-    alone = vision([*DIGITS, "--model.weights=null", "--trainer.max_epochs=12"])
+    cli = vision(student(teacher, "--model.teacher_weight=1", "--trainer.max_epochs=6", "--model.temperature=1"))
+    alone = vision([*DIGITS, "--model.weights=null", "--trainer.max_epochs=6"])
     batch = cli.datamodule.on_after_batch_transfer(next(iter(cli.datamodule.val_dataloader())), 0)
     told = restore(teacher).logits(batch["image"]).softmax(1)
     away = [

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deploy.restored import restore
 from ..parts.blocks import Watch
 from ..parts.features import extract, fingerprint
 from ..parts.spelling import some
+from .restored import restore
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ class Teacher:
         """Bring its classes into the data's order, by name.
 
         Raises:
-            ValueError: It lacks one of them, learnt another kind of label, or reads other tokens.
+            ValueError: It lacks one of them, learnt another kind of label, or reads other tokens; there are no names.
         """
+        if getattr(data, "class_names", None) is None:
+            raise ValueError("a teacher's classes are matched by name: fit with a data module that has class_names")
         problem = getattr(data, "problem_type", "single_label_classification")
         if self.problem_type != problem:
             raise ValueError(f"the teacher learnt {self.problem_type}, and the data are for {problem}")

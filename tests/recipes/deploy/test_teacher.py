@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from recipes.deploy.restored import restore
+from recipes.deploy.teacher import Teacher, file_of
 from recipes.export import export
-from recipes.training.teacher import Teacher, file_of
 from tests.recipes.deploy.exports import fit_texts
 
 
@@ -67,6 +67,8 @@ def test_what_cannot_teach_is_refused(checkpoint: Path, images: dict[str, Any]) 
     teacher = Teacher(str(checkpoint), "vision")
     with pytest.raises(ValueError, match="the teacher learnt single_label_classification, and the data are for regr"):
         teacher.meet(data([], problem_type="regression"))
+    with pytest.raises(ValueError, match="matched by name: fit with a data module that has class_names"):
+        teacher.meet(None)
     with pytest.raises(ValueError, match="a teacher needs the images, and feature_views gives features"):
         teacher.logits({"features": torch.rand(5, 64), "index": torch.arange(5)})
 
