@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.models import vision_transformer
 
 from callbacks import Freeze
 from recipes.deploy.graphs import ImageGraph, TokenGraph
@@ -26,6 +27,18 @@ from tests.adapted_nets import BACKBONES, ENCODERS, MERGED, METHODS, REFUSED
 from tests.tiny_encoders import tiny_encoder
 
 CELLS = [(method, net) for net in (*ENCODERS, *BACKBONES) for method in METHODS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_layers() -> Iterator[None]:
+    """Torchvision's ViT has 86 million weights in twelve layers that are alike; two of them say as much."""
+    build = vision_transformer._vision_transformer
+    with pytest.MonkeyPatch.context() as patch:
+        two = {"num_layers": 2}
+        patch.setattr(
+            vision_transformer, "_vision_transformer", lambda *given, **more: build(*given, **{**more, **two})
+        )
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -145,12 +145,15 @@ def _inject(net: nn.Module, how: Peft, layers: Layers) -> None:
     """The library's layers, in place."""
     from peft import inject_adapter_in_model  # takes a second
 
+    from .fused import fuse
+
     convolution = next((name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
     if how.start != "default" and convolution:
         raise ValueError(f"peft.start {how.start} is for linear layers, and {convolution} is a convolution")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inject_adapter_in_model(library_config(how, net, layers), net)
+    fuse(net)
     for module in adapters(net).values() if how.start == "pissa" else ():
         layer: Any = module
         for side in "AB":
