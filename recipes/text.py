@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .cli.command import RecipeCLI
 from .cli.overrides import take_class_names
 from .parts.blocks import Fusion
-from .parts.checkpoints import encoder_of, glance, save_for_transformers
+from .parts.checkpoints import encoder_of, glance, is_whole, save_for_transformers
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
@@ -39,7 +39,6 @@ from .parts.peft import Peft
 from .parts.saliency import token_saliency
 from .parts.schedules import Linear
 from .training.base import RecipeModule
-from .training.lesson import Lesson
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +177,10 @@ class TextClassifier(RecipeModule):
         )
         self.per_class = per_class_counts(num_classes) if single else None
         if teacher is not None:
-            from .deploy.teacher import Teacher
+            from .deploy.teacher import lesson_from
 
-            how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
-            knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))
-            self.lesson = Lesson(knows, self, tokens, weight=teacher_weight, temperature=temperature, **how)
+            how = {"weight": teacher_weight, "temperature": temperature, "match_weight": match_weight}
+            self.lesson = lesson_from(teacher, self, tokens, match=match_blocks, **how)
 
     def layer_groups(self) -> dict[str, list[str]]:
         """Ordered blocks, input to output: name -> dotted paths of modules."""
@@ -287,7 +285,7 @@ class TextCLI(RecipeCLI):
         config = self.config[self.subcommand]
         self.names_learnt = self.subcommand != "fit" and take_class_names(config)  # also those of another data module
         moved = config.ckpt_path and not Path(encoder_path(config.model.encoder)).is_dir()
-        if self.subcommand == "predict" and moved and "base" not in glance(config.ckpt_path).get("recipe", {}):
+        if self.subcommand == "predict" and moved and is_whole(glance(config.ckpt_path)):
             config.model.encoder = str(encoder_of(glance(config.ckpt_path)) or config.model.encoder)
             log.info("encoder: %s", config.model.encoder)
 

@@ -38,7 +38,6 @@ from .parts.peft import Peft, channels_last
 from .parts.saliency import grad_cam
 from .parts.schedules import Cosine
 from .training.base import RecipeModule
-from .training.lesson import Lesson
 from .training.precompute import precompute
 
 log = logging.getLogger(__name__)
@@ -167,11 +166,10 @@ class VisionClassifier(RecipeModule):
         self.per_class = per_class_counts(num_classes)
         channels_last(self)
         if teacher is not None:
-            from .deploy.teacher import Teacher
+            from .deploy.teacher import lesson_from
 
-            how: dict[str, Any] = {"match": match_blocks, "match_weight": match_weight}
-            knows = Teacher(teacher, self.recipe, list((match_blocks or {}).values()))
-            self.lesson = Lesson(knows, self, {"image": image}, weight=teacher_weight, temperature=temperature, **how)
+            how = {"weight": teacher_weight, "temperature": temperature, "match_weight": match_weight}
+            self.lesson = lesson_from(teacher, self, {"image": image}, match=match_blocks, **how)
         if compile_backbone:
             self.backbone.compile()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..parts.checkpoints import data_of, glance, run_of_checkpoint
+from ..parts.checkpoints import data_of, glance, is_whole, run_of_checkpoint
 from . import early
 from .screen import counted
 
@@ -51,7 +51,7 @@ def override_checkpoint(config: Any, subcommand: str) -> None:
             log.info("resume: model.%s was %s in the checkpoint and is %s now", key, old, now[key])
     if subcommand != "fit" and "teacher" in config.model:
         config.model.teacher = config.model.match_blocks = None  # it has taught
-    if subcommand != "fit" and "base" not in checkpoint.get("recipe", {}):
+    if subcommand != "fit" and is_whole(checkpoint):
         without_weights(config.model)
 
 

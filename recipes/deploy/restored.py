@@ -22,7 +22,7 @@ from torch import Tensor
 
 from datamodules.images import decoding
 
-from ..parts.checkpoints import data_of, encoder_files, load_checkpoint, run_of_checkpoint
+from ..parts.checkpoints import data_of, encoder_files, is_whole, load_checkpoint, run_of_checkpoint
 from ..parts.encoders import quietly
 from ..parts.peft import is_mergeable, merge
 from ..training.base import RecipeModule
@@ -134,7 +134,7 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
     arguments |= {name: None for name in ("teacher", "match_blocks") if name in arguments}
     data, run, tokenizer = data_of(checkpoint), run_of_checkpoint(str(path)), None
     loads = {"vision": "weights", "text": "encoder"}[recipe]
-    whole = "base" not in made_by
+    whole = is_whole(checkpoint)
     if not whole:
         arguments[loads] = base or arguments[loads]
     try:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..parts.blocks import Watch
-from ..parts.features import extract, fingerprint
+from ..parts.features import digest_of, extract, fingerprint
 from ..parts.spelling import some
+from ..training.lesson import Lesson
 from .restored import restore
 
 log = logging.getLogger(__name__)
@@ -138,11 +139,17 @@ class Teacher:
         if not same or self.watch is not None or not hasattr(data, "fisher_dataloader"):
             return
         names = [self.class_names[i] for i in self.order.tolist()] if self.order is not None else []
-        key = fingerprint(nn.Module(), self.digest, data.fingerprint("train"), names)
+        key = digest_of({}, self.digest, data.fingerprint("train"), names)
         count = len(data.splits["train"].labels)
         file = folder / f"teacher_{key}.f32"
         log.info("teacher: its answers to %d samples, %s", count, "from a file" if file.is_file() else "computed once")
         self.told = extract(self.logits, [_batches(data, self.device)], count, file)[0]
+
+
+def lesson_from(path: str, student: Any, batch: Batch, *, match: Mapping[str, str] | None, **options: Any) -> Lesson:
+    """What a student learns from the teacher at a path; the options are those of `Lesson`."""
+    teacher = Teacher(path, student.recipe, list((match or {}).values()))
+    return Lesson(teacher, student, batch, match=match, **options)
 
 
 def file_of(path: Path) -> Path:

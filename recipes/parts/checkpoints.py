@@ -33,6 +33,11 @@ def data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return next((state for state in states if "class_names" in state), {})
 
 
+def is_whole(checkpoint: dict[str, Any]) -> bool:
+    """Whether it holds all weights; else those that it was trained beside are needed, too."""
+    return "base" not in checkpoint.get("recipe", {})
+
+
 def encoder_files(checkpoint: dict[str, Any]) -> dict[str, str]:
     """Name -> content of a folder with the architecture and the tokenizer that a text checkpoint holds."""
     config = checkpoint.get("recipe", {}).get("encoder")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..parts.features import digest_of
 from ..parts.peft import follow_start
 from ..parts.peft.targets import is_inside
 
@@ -67,12 +66,3 @@ class Base:
         state: dict[str, Tensor] = checkpoint["state_dict"]
         follow_start(self.net, {k.removeprefix(f"{self.path}."): v for k, v in state.items()})
         checkpoint["state_dict"] = {**module.state_dict(), **state}
-
-
-def digest_of(state: dict[str, Tensor]) -> str:
-    """Hash of tensors and their names, bit by bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ class Bottleneck(nn.Module):
     """A frozen layer and what is added to its output: up(gelu(down(output))), which is 0 at the start.
 
     After the last layer of a transformer's block it is the adapter of Pfeiffer et al. 2021,
-    https://arxiv.org/abs/2005.00247, with that of Houlsby et al. 2019 also after its attention,
+    https://arxiv.org/abs/2005.00247; with targets that name its attention's output, too, those of Houlsby et al. 2019,
     https://arxiv.org/abs/1902.00751; after a convolution, a residual adapter over channels, as in Rebuffi et al. 2018,
     https://arxiv.org/abs/1803.10082, with a bottleneck.
 
