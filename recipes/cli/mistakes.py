@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch import callbacks as lightning_callbacks
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..parts.peft import Peft
 from ..parts.spelling import did_you_mean
 
 OURS = [Path(__file__).resolve().parents[2] / package for package in ("recipes", "callbacks", "datamodules")]
@@ -30,7 +31,7 @@ def explain(message: str, parser: Any, argv: Sequence[str], classes: Iterable[ty
         recipe: The recipe's name, for the command that helps.
     """
     optimizers = _public(torch.optim, torch.optim.Optimizer)
-    classes = [*classes, *optimizers, *_public(lightning_callbacks, object)]
+    classes = [*classes, Peft, *optimizers, *_public(lightning_callbacks, object)]
     help_line = f"python -m recipes.{recipe} fit --help lists every key."
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         word = found[1]
@@ -47,7 +48,10 @@ def explain(message: str, parser: Any, argv: Sequence[str], classes: Iterable[ty
         key = _whole(found[1], argv)
         return f"key {key!r} is not known{_near(found[1], _parameters(_fitting(key, classes)))}"
     if found := re.search(r"arguments are required: (.+)", message):
-        return f"required and not given: {_whole(found[1], argv)}; give it on the command line or under init_args"
+        key = _whole(found[1], argv)
+        if key == "method" and any(word.startswith("--model.peft.") for word in argv):
+            key = "model.peft.method"
+        return f"required and not given: {key}; give it on the command line or under init_args"
     if found := re.search(r'Linked "([^"]+)" must be given via "([^"]+)"', message):
         return f"{found[1]} follows from {found[2]}: leave it out"
     if found := re.search(r"argument (\S+): expected one argument", message):
@@ -56,6 +60,8 @@ def explain(message: str, parser: Any, argv: Sequence[str], classes: Iterable[ty
     key = _whole(found[1], argv) if found else "a value"
     value = re.search(r"Given value: (.*)|Got value: (.*)|import path string: (.*)", message)
     given = next(filter(None, value.groups()), "") if value else ""
+    if key == "model.peft":
+        return f"{key}: expected a mapping, {{method: lora, rank: 8}}, or --{key}.method=lora; got {given!r}"
     if "import path string" in message and key != "seed_everything" and "class 'float'" not in message:
         known = [kind.__name__ for kind in classes]
         return f"{key}: {given!r} is not the name of a class{_near(given, known)}"
@@ -115,7 +121,7 @@ def _whole(key: str, argv: Sequence[str]) -> str:
 
 def _fitting(key: str, classes: Iterable[type]) -> list[type]:
     """The classes that the part of the config at a key can name; all of them where the key does not tell."""
-    bases = {"data": LightningDataModule, "optimizer": torch.optim.Optimizer, "schedule": LRScheduler}
+    bases = {"data": LightningDataModule, "optimizer": torch.optim.Optimizer, "schedule": LRScheduler, "peft": Peft}
     base = next((base for part, base in bases.items() if part in key.split(".")[:-1]), object)
     return [kind for kind in classes if issubclass(kind, base)]
 

@@ -163,8 +163,12 @@ def file_of(path: Path) -> Path:
     runs = sorted(path.glob("**/checkpoints/best.ckpt"), key=lambda file: file.stat().st_mtime)
     file = runs[-1] if runs else path
     if not file.is_file():
+        make = ""
+        if path.parts[:1] == ("runs",) and len(path.parts) == 3:
+            _, recipe, config = path.parts
+            make = f"; python -m recipes.{recipe} fit --config {recipe}/{config} makes one"
         raise FileNotFoundError(
-            f"no teacher {path}: give a checkpoint, runs/.../best.ckpt, an export's folder, or one with finished runs"
+            f"no teacher {path}: give a checkpoint, an export's folder, or a folder with finished runs{make}"
         )
     return file
 

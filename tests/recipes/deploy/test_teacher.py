@@ -62,6 +62,8 @@ def test_what_cannot_teach_is_refused(checkpoint: Path, images: dict[str, Any]) 
         Teacher("gone.ckpt", "vision")
     with pytest.raises(ValueError, match=r"is of recipes\.vision, and its student of recipes\.text"):
         Teacher(str(checkpoint), "text")
+    with pytest.raises(FileNotFoundError, match="; python -m recipes.text fit --config text/quickstart makes one"):
+        file_of(Path("runs/text/quickstart"))
     with pytest.raises(FileNotFoundError, match="no teacher empty: give a checkpoint"):
         Teacher("empty", "vision")
     teacher = Teacher(str(checkpoint), "vision")

@@ -81,11 +81,27 @@ def test_it_goes_on_bit_for_bit_and_is_used_without_its_teacher(
         moved.rename(teacher)
 
 
-def test_two_ranks_learn_from_the_same_answers(teacher: Path, own_folder: Path) -> None:
-    options = ["--trainer.strategy=ddp_fork", "--trainer.devices=2", "--data.batch_size=16", "--data.augment=none"]
-    vision(student(teacher, *options, "--trainer.max_epochs=1"))
-    assert len(list(own_folder.glob("runs/vision/*/*/checkpoints/last.ckpt"))) == 1
-    assert len(list(own_folder.glob("runs/features/teacher_*.f32"))) == 1
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
+@pytest.mark.parametrize("match", [None, "{layer2: layer3}"], ids=["answers", "features"])
+def test_two_ranks_learn_what_one_does(match: str | None, teacher: Path, own_folder: Path) -> None:
+    """Where no statistics of a batch tell them apart: norms are frozen, images left as they are."""
+    options = [
+        *(f"--model.match_blocks={match or 'null'}", "--data.augment=none", "--trainer.max_epochs=1"),
+        *("--model.optimizer=SGD", "--model.optimizer.lr=0.05", "--trainer.callbacks+=Freeze"),
+        "--trainer.callbacks.patterns={bn|downsample.1: false}",
+    ]
+    states = []
+    for ranks in (1, 2):
+        more = ["--trainer.strategy=ddp_fork", f"--trainer.default_root_dir={ranks}"] if ranks == 2 else []
+        vision(student(teacher, *options, *more, f"--trainer.devices={ranks}", f"--data.batch_size={32 // ranks}"))
+        (last,) = own_folder.glob(f"{'2/' * (ranks == 2)}runs/vision/*/*/checkpoints/last.ckpt")
+        checkpoint = load_checkpoint(last)
+        states.append(checkpoint["state_dict"] | checkpoint["projections"])
+        assert bool(list(own_folder.glob("**/features/teacher_*.f32"))) == (match is None)
+    one, two = states
+    assert one.keys() == two.keys() and bool([n for n in one if "projections" in n]) == bool(match)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_a_number_out_of_range_is_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
