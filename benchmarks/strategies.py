@@ -108,11 +108,11 @@ def image_tasks() -> dict[str, Task]:
             "val/accuracy",
             [*shared, f"--data.root={DATA / name}"],
             [f"--trainer.max_epochs={epochs}", "--test"],
-            [f"--trainer.max_epochs={epochs // 2}", part],
+            search,
         )
-        for name, epochs, part in (
-            ("hymenoptera", 8, "--data.val_share=0.4"),
-            ("grocery", 4, "--data.limit_per_class=16"),
+        for name, epochs, search in (
+            ("hymenoptera", 8, ("--trainer.max_epochs=4", "--data.val_share=0.4")),
+            ("grocery", 3, ("--trainer.max_epochs=2", "--data.limit_per_class=16")),
         )
     }
 
