@@ -73,11 +73,11 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def template(name: str) -> Any:
-    """A template beside this file; whatever is put into it is escaped."""
+def template(name: str, beside: Path = Path(__file__).parent) -> Any:
+    """A template of a folder, which may include those of this file's; whatever is put into it is escaped."""
     import jinja2
 
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    folder = jinja2.FileSystemLoader([beside, Path(__file__).parent])
     environment = jinja2.Environment(
         loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

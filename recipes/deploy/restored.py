@@ -29,6 +29,7 @@ from ..training.base import RecipeModule
 
 log = logging.getLogger(__name__)
 
+LOADS = {"vision": "weights", "text": "encoder"}  # recipe -> its argument that names weights to load
 Text = str | tuple[str, str]  # a text, or a pair of them
 READING = inspect.getsource(decoding)  # how evaluation reads an image, to go with an export
 
@@ -122,33 +123,19 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
         ValueError: It is damaged, or another program's; or it was trained beside other weights.
     """
     checkpoint = load_checkpoint(path)
-    made_by = checkpoint.get("recipe", {})
-    recipe = made_by.get("name")
-    if recipe not in ("vision", "text"):
-        raise ValueError(f"{path} is no checkpoint of recipes.vision or recipes.text: it names the recipe {recipe!r}")
-    if recipe not in RecipeModule.known:
-        raise ValueError(f"{path} is a checkpoint of recipes.{recipe}: import that first")
-    left_out = ("optimizer", "schedule")
-    saved = checkpoint["hyper_parameters"].items()
-    arguments = {name: value for name, value in saved if name not in left_out and not name.startswith("_")}
-    arguments |= {name: None for name in ("teacher", "match_blocks") if name in arguments}
-    data, run, tokenizer = data_of(checkpoint), run_of_checkpoint(str(path)), None
-    loads = {"vision": "weights", "text": "encoder"}[recipe]
-    whole = is_whole(checkpoint)
-    if not whole:
-        arguments[loads] = base or arguments[loads]
+    recipe = recipe_of(checkpoint, path)
+    data, run, whole = data_of(checkpoint), run_of_checkpoint(str(path)), is_whole(checkpoint)
+    arguments = arguments_of(checkpoint)
+    if not whole and base:
+        arguments[LOADS[recipe]] = base
     try:
-        if recipe == "vision":
-            afresh = {"weights": None, "reinit_blocks": 0} if whole else {}  # the checkpoint's replace them all
-            model: Any = RecipeModule.known["vision"](**{**arguments, "compile_backbone": False, **afresh})
-        else:
-            model, tokenizer = text_model(arguments, encoder_files(checkpoint), run, whole=whole)
+        model, tokenizer = build(recipe, arguments, encoder_files(checkpoint), run, whole=whole)
     except FileNotFoundError as error:
         if whole:
             raise
         raise FileNotFoundError(
-            f"{path} holds only what was trained beside the weights {arguments[loads]}; say with --base where they "
-            f"are now ({error})"
+            f"{path} holds only what was trained beside the weights {arguments[LOADS[recipe]]}; say with --base where "
+            f"they are now ({error})"
         ) from error
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
@@ -161,6 +148,69 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
         run,
         tokenizer,
     )
+
+
+def start_of(path: str | Path, base: str | None = None) -> dict[str, Tensor]:
+    """The pretrained weights that a run began with, by the names that its module has for them.
+
+    Args:
+        path: A checkpoint of the run.
+        base: Where these weights are; where they were in training if not given.
+
+    Raises:
+        FileNotFoundError: They are gone.
+        ValueError: It began with none.
+    """
+    checkpoint = load_checkpoint(path)
+    recipe = recipe_of(checkpoint, path)
+    arguments = arguments_of(checkpoint) | {"peft": None, "save_base": False}
+    arguments[LOADS[recipe]] = base or arguments[LOADS[recipe]]
+    if arguments[LOADS[recipe]] is None or not arguments.get("pretrained", True):
+        raise ValueError(f"{path}: its run began with random weights; give two checkpoints, from one to the other")
+    model, _ = build(recipe, arguments, encoder_files(checkpoint), run_of_checkpoint(str(path)), whole=False)
+    return dict(model.base.weights())
+
+
+def recipe_of(checkpoint: dict[str, Any], path: str | Path) -> str:
+    """The recipe that wrote a checkpoint.
+
+    Raises:
+        ValueError: It is none whose checkpoints come back to life.
+    """
+    recipe = checkpoint.get("recipe", {}).get("name")
+    if recipe not in LOADS:
+        raise ValueError(f"{path} is no checkpoint of recipes.vision or recipes.text: it names the recipe {recipe!r}")
+    if recipe not in RecipeModule.known:
+        raise ValueError(f"{path} is a checkpoint of recipes.{recipe}: import that first")
+    return str(recipe)
+
+
+def arguments_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the model was built with, but for what only training needs."""
+    saved = checkpoint["hyper_parameters"].items()
+    found = {name: value for name, value in saved if name not in ("optimizer", "schedule") and not name.startswith("_")}
+    return found | {name: None for name in ("teacher", "match_blocks") if name in found}
+
+
+def build(
+    recipe: str, arguments: dict[str, Any], files: dict[str, str], run: Path | None, *, whole: bool
+) -> tuple[Any, Any]:
+    """The model of these arguments, and its tokenizer if it reads texts.
+
+    Args:
+        recipe: `vision` or `text`.
+        arguments: Of the model.
+        files: What the checkpoint holds of the encoder.
+        run: The folder of the run.
+        whole: Whether a checkpoint replaces all weights, so that none are loaded.
+
+    Raises:
+        FileNotFoundError: The weights to load are gone.
+    """
+    if recipe == "text":
+        return text_model(arguments, files, run, whole=whole)
+    afresh = {"weights": None, "reinit_blocks": 0} if whole else {}
+    return RecipeModule.known["vision"](**{**arguments, "compile_backbone": False, **afresh}), None
 
 
 def text_model(

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from datamodules.files.index import list_files
 from datamodules.images.decoding import evaluation_crop, readable_endings
 from datamodules.images.sources import decode
 
+from .data import data_for
 from .restored import Restored, Text
 
 log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ def samples_for(restored: Restored, given: Path | None, count: int) -> tuple[Any
         found = given_images(given, size, count) if vision else given_texts(given, count, restored.pairs)
         return found, f"from {given}"
     try:
-        split = validation_split(restored)
+        split = data_for(restored).splits["val"]
         rows = np.linspace(0, len(split.labels) - 1, min(count, len(split.labels))).round().astype(int).tolist()
         found = validation_images(split, rows, size) if vision else validation_texts(split, rows)
     except (OSError, ValueError, ImportError) as error:
@@ -67,23 +65,6 @@ def samples_for(restored: Restored, given: Path | None, count: int) -> tuple[Any
         found = random_images(count, size) if vision else random_texts(restored, count)
         return found, f"made up at random, for the validation samples are not at hand ({reason})"
     return found, "of the run's validation split"
-
-
-def validation_split(restored: Restored) -> Any:
-    """The validation split of the data that the run's config names, if it is still the run's."""
-    if restored.run is None:
-        raise FileNotFoundError("the checkpoint has been moved away from its run's config.yaml")
-    config = yaml.safe_load((restored.run / "config.yaml").read_text(encoding="utf-8"))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    data = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-    if restored.recipe == "vision":
-        data.image_size = restored.image_size
-    else:
-        data.tokenizer = restored.tokenizer
-    data.setup("fit")
-    data.load_state_dict(restored.data)
-    return data.splits["val"]
 
 
 def validation_images(split: Any, rows: Sequence[int], size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,10 +25,16 @@ class Base:
     """
 
     def __init__(self, net: nn.Module, path: str, source: str | None, new: Iterable[str] = ()) -> None:
-        self.net, self.path, self.source, new = net, path, source, tuple(new)
-        loaded = {k: v for k, v in net.state_dict().items() if not any(is_inside(k, name) for name in new)}
+        self.net, self.path, self.source, self.new = net, path, source, tuple(new)
+        loaded = {k: v for k, v in net.state_dict().items() if not any(is_inside(k, name) for name in self.new)}
         self.loaded = {p for n, p in net.named_parameters() if n in loaded}
         self.digest = digest_of(loaded) if source is not None else ""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What was loaded, by the module's names; of a net that is not adapted."""
+        for name, value in self.net.state_dict().items():
+            if not any(is_inside(name, path) for path in self.new):
+                yield f"{self.path}.{name}", value
 
     def leave_out(
         self, state: dict[str, Tensor], frozen: set[nn.Parameter], still: set[nn.Module]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipes.deploy import formats
-from tests.recipes.deploy.exports import NETS, fit_pictures
+from tests.recipes.deploy.exports import NETS, NEW, fit_digits, fit_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,25 @@ def checkpoint(trained: Path, own_folder: Path) -> Path:
     shutil.copytree(trained / "runs", own_folder / "runs")
     (found,) = own_folder.glob("runs/*/*/*/checkpoints/last.ckpt")
     return found
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a net of the digits 0 to 4, and one that went on from it to 5 to 9."""
+    folder, home = tmp_path_factory.mktemp("digits"), Path.cwd()
+    os.chdir(folder)
+    old = fit_digits("fit", "--config=vision/quickstart_pretrain", *NEW[2:-1], "--trainer.max_epochs=8")
+    fit_digits(*NEW, f"--model.weights={old / 'checkpoints' / 'best.ckpt'}")
+    os.chdir(home)
+    return folder
+
+
+@pytest.fixture
+def old_and_new(digits: Path, own_folder: Path) -> tuple[str, str]:
+    """Folders of the two runs, copies."""
+    shutil.copytree(digits / "runs", own_folder / "runs")
+    old, new = (next(Path("runs/vision", name).iterdir()) for name in ("quickstart_pretrain", "quickstart"))
+    return str(old), str(new)
 
 
 @pytest.fixture

@@ -20,6 +20,17 @@ QUIET = [
 ]
 
 
+NEW = [
+    *("fit", "--config=vision/quickstart", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
+    "--trainer.max_epochs=4",
+]
+
+
+def fit_digits(*command: str) -> Path:
+    """The folder of a run on digits that `command` begins."""
+    return Path(vision(list(command)).folder)
+
+
 def fit_pictures(folder: Path, *options: str) -> Path:
     """A checkpoint of a net that has seen two batches."""
     root = folder / "pictures"

@@ -1,0 +1,166 @@
+"""Finished nets whose weights are mixed: read one by one, measured, and written as a checkpoint like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from ..parts.checkpoints import is_whole, load_checkpoint, run_of_checkpoint
+from ..parts.peft.targets import is_inside
+from ..parts.soups import Weights, fill, remeasure_norms
+from .restored import Restored, restore
+from .variants import Answer, Held
+
+TIED = (  # callbacks that keep weights, or the names of a run's files
+    *("ModelCheckpoint", "EMA", "Interpolation", "WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"),
+)
+NORM_SAMPLES = 1024  # training images that BatchNorm's statistics are measured on anew
+
+
+class End:
+    """A finished net, of which nothing is in memory but what is asked for.
+
+    Args:
+        path: A checkpoint, or the folder of a run: its best.
+        base: Where the weights are that a checkpoint of adapters leaves out.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+    """
+
+    def __init__(self, path: Path, base: str | None = None) -> None:
+        best = path / "checkpoints" / "best.ckpt"
+        self.path, self.base = (best if best.is_file() else path), base
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no checkpoint {path}: give runs/.../best.ckpt, or the folder of a run with one")
+
+    def restored(self) -> Restored:
+        """The net, its adapters merged where plain weights can hold them."""
+        found = restore(self.path, self.base)
+        found.merge()
+        return found
+
+    def weights(self) -> Weights:
+        """All of its weights, as far as they can be left in the file."""
+        content = load_checkpoint(self.path, mapped=True)
+        if content["hyper_parameters"].get("peft") is None and is_whole(content):
+            return content["state_dict"]  # type: ignore[no-any-return]
+        return self.restored().model.state_dict()  # type: ignore[no-any-return]
+
+
+class Mixture:
+    """A net that takes the weights of any mixture, and what answers with them.
+
+    Args:
+        net: Of the last end.
+        heads: Other nets whose heads answer for some of the samples: name of the samples -> net.
+        data: Whose training images BatchNorm is measured on.
+        remeasured: Whether it is.
+    """
+
+    def __init__(self, net: Restored, heads: Mapping[str, Restored], data: Any, *, remeasured: bool) -> None:
+        self.net, self.heads, self.data, self.remeasured = net, heads, data, remeasured
+        self.apart = net.model.layer_groups()["head"]
+
+    def make(self, weights: Iterable[tuple[str, Tensor]], *, remeasure: bool = True) -> Callable[[Held], Answer]:
+        """Take weights; returns what answers for which samples.
+
+        Args:
+            weights: By the net's names.
+            remeasure: Whether BatchNorm's statistics are a mixture's, and of no use.
+        """
+        model = self.net.model
+        fill(model, weights)
+        if self.remeasured and remeasure:
+            remeasure_norms(model, self.images, model)
+        trunk = {k: v for k, v in model.state_dict().items() if not in_any(k, self.apart)}
+        for other in self.heads.values():
+            fill(other.model, trunk.items())
+        return lambda held: self.heads.get(held.name, self.net).model.logits  # type: ignore[no-any-return]
+
+    def images(self) -> Iterator[Tensor]:
+        """Training images as in training, the same each time."""
+        loader = self.data.train_dataloader()
+        for batch in islice(loader, -(-NORM_SAMPLES // self.data.batch_size)):
+            yield self.data.on_after_batch_transfer(move_data_to_device(batch, self.net.model.device), 0)["image"]
+
+
+def in_any(name: str, paths: Sequence[str]) -> bool:
+    """Whether a name is one of the paths, or below one."""
+    return any(is_inside(name, path) for path in paths)
+
+
+def mixable(
+    start: Weights, end: Weights, apart: Sequence[str], names: tuple[str, str], *, whole: bool = True
+) -> list[str]:
+    """Names of the tensors that two nets share.
+
+    Args:
+        start: Weights of one.
+        end: Of the other.
+        apart: Paths of what is left alone: the heads of other classes.
+        names: What to call the nets in an error.
+        whole: Whether the first holds all weights of its net; else it may lack some.
+
+    Raises:
+        ValueError: They are not of the same architecture.
+    """
+    for name in sorted(start.keys() | end.keys() if whole else start.keys()):
+        shapes = [tuple(net[name].shape) if name in net else "not there" for net in (start, end)]
+        if not in_any(name, apart) and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{names[0]} and {names[1]} are different nets, whose weights can't be mixed: {name} is {shapes[0]} in "
+                f"one and {shapes[1]} in the other"
+            )
+    found = [name for name in end if name in start and not in_any(name, apart)]
+    if not found:
+        raise ValueError(f"{names[0]} and {names[1]} have no weight in common")
+    return found
+
+
+def norms_differ(nets: Iterable[Weights]) -> bool:
+    """Whether BatchNorm's statistics are not the same in all of them."""
+    first, *others = nets
+    means = [name for name in first if name.endswith("running_mean")]
+    return any(name in other and not torch.equal(first[name], other[name]) for other in others for name in means)
+
+
+def write_run(end: End, weights: Weights, folder: Path) -> Path:
+    """A run's folder with a checkpoint that holds other weights, and nothing of the optimiser or of other weights.
+
+    Args:
+        end: Whose arguments, data and progress the checkpoint has, and whose config goes with it.
+        weights: By the net's names; without adapters that were merged.
+        folder: Of the run.
+
+    Returns:
+        The checkpoint, which appears whole or not at all.
+    """
+    content = load_checkpoint(end.path, mapped=True)
+    state, arguments = content["state_dict"], content["hyper_parameters"]
+    plain = {}  # what the net's arguments have to say no more
+    if arguments.get("peft") is None or state.keys() - weights.keys():  # there are none, or they were merged
+        plain = {"peft": None, "save_base": None}
+        state = weights
+        content["recipe"] = {name: fact for name, fact in content["recipe"].items() if name != "base"}
+    content["hyper_parameters"] = arguments | {name: value for name, value in plain.items() if name in arguments}
+    content["state_dict"] = {name: weights[name].detach().cpu().clone() for name in state}
+    content["optimizer_states"] = []
+    content["callbacks"] = {k: v for k, v in content["callbacks"].items() if not k.startswith(TIED)}
+    if run := run_of_checkpoint(str(end.path)):
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config["model"] |= {name: value for name, value in plain.items() if name in config["model"]}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    target = folder / "checkpoints" / "best.ckpt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(".part")
+    torch.save(content, beside)
+    return beside.replace(target)
