@@ -69,7 +69,7 @@ IMAGES: Ways = {  # a name instead of factors: what was found for that one count
 
 
 def text_tasks(encoder: str) -> dict[str, Task]:
-    """2,000 training samples of SST-2, 1,000 of STS-B and SICK, 600 of AG News; tests whole, or some of the large ones."""
+    """2,000 training samples of SST-2, 1,000 of STS-B and SICK, 600 of AG News; of large tests some."""
     shared = [f"--model.encoder={encoder}", "--model.pooling=mean", "--data.max_length=128", "--trainer.max_epochs=3"]
     pair = "--data.text_column=[sentence1,sentence2]"
     score = ["--data.problem_type=regression", "--data.label_column=score"]
