@@ -10,6 +10,7 @@ from .ewc import EWC
 from .nonfinite import StopOnNonFinite
 from .penalties import L1, L2, L2SP
 from .predictions import PredictionWriter
+from .pruning import Prune
 from .report import Report
 from .resume import AtomicCheckpointIO, ExactResume
 from .unfreezing import Freeze, GradualUnfreezing, layerwise_param_groups
@@ -32,6 +33,7 @@ __all__ = [
     "LRWarmup",
     "PhaseAwareEarlyStopping",
     "PredictionWriter",
+    "Prune",
     "RateBounds",
     "Report",
     "StopOnNonFinite",

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LRWarmup": {"steps": 3},
     "PhaseAwareEarlyStopping": {"monitor": "val/loss", "patience": 50},
     "PredictionWriter": {},
+    "Prune": {"sparsity": 0.7, "end": 0.6, "every_n_steps": 1},
     "RateBounds": {"maximum": 1e-4},
     "Report": {"folder": "page"},
     "StopOnNonFinite": {},

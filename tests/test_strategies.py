@@ -32,7 +32,9 @@ QUICK = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=2", "--trainer
 
 def test_all_are_there() -> None:
     names = {"probe", "full", "layer_decay", "two_stage", "gradual", "bitfit", "lora", "dora", "ia3", "adapter"}
-    assert {f"strategy/{name}" for name in names | {"prompt", "prefix", "l2sp", "ema"}} == set(STRATEGIES)
+    assert {f"strategy/{name}" for name in names | {"prompt", "prefix", "l2sp", "ema", "prune_gradual"}} == set(
+        STRATEGIES
+    )
     assert not set(STRATEGIES) & set(early.config_names())
 
 
@@ -54,9 +56,11 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-PEFT = {"strategy/dora", "strategy/ia3", "strategy/adapter", *ONLY_TEXTS}  # their configs differ from LoRA's in a word
+ALIKE = {  # these differ from LoRA, or from EMA, in a word
+    *("strategy/dora", "strategy/ia3", "strategy/adapter", "strategy/prune_gradual", *ONLY_TEXTS),
+}
 TRIED = ("vision/quickstart_pretrain", "vision/folder_mobilenet_v3", "text/quickstart", "text/agnews_albert")
-CROSSED = [(config, name) for config in CONFIGS for name in STRATEGIES if name not in PEFT or config in TRIED]
+CROSSED = [(config, name) for config in CONFIGS for name in STRATEGIES if name not in ALIKE or config in TRIED]
 
 
 @pytest.mark.slow
