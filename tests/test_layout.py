@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str]] = {  # room -> rooms that its files may import from, 
     "datamodules/*": {"datamodules/*"},
 }
 LIBRARIES = {  # package, or room -> what of other people's its files may import
-    "recipes/parts": {"torch", "torchvision", "transformers", "peft", "torchmetrics", "timm", "safetensors"},
+    "recipes/parts": {"torch", "torchvision", "transformers", "peft", "torchmetrics", "timm", "safetensors"}
+    | {"torch_pruning"},  # cuts channels
     "recipes": {
         "torch",
         "torchvision",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..parts.checkpoints import is_whole, load_checkpoint, run_of_checkpoint
 from ..parts.peft.targets import is_inside
+from ..parts.pruning import Numbers
 from ..parts.soups import Weights, fill, remeasure_norms
 from .restored import Restored, restore
 from .variants import Answer, Held
@@ -132,13 +133,17 @@ def norms_differ(nets: Iterable[Weights]) -> bool:
     return any(name in other and not torch.equal(first[name], other[name]) for other in others for name in means)
 
 
-def write_run(end: End, weights: Weights, folder: Path) -> Path:
+def write_run(
+    end: End, weights: Weights, folder: Path, *, sizes: Numbers | None = None, name: str = "best.ckpt"
+) -> Path:
     """A run's folder with a checkpoint that holds other weights, and nothing of the optimiser or of other weights.
 
     Args:
         end: Whose arguments, data and progress the checkpoint has, and whose config goes with it.
         weights: By the net's names; without adapters that were merged.
         folder: Of the run.
+        sizes: Of a net whose channels were cut; it begins afresh, without progress.
+        name: Of the checkpoint.
 
     Returns:
         The checkpoint, which appears whole or not at all.
@@ -149,17 +154,21 @@ def write_run(end: End, weights: Weights, folder: Path) -> Path:
     if arguments.get("peft") is None or state.keys() - weights.keys():  # there are none, or they were merged
         plain = {"peft": None, "save_base": None}
         state = weights
-        content["recipe"] = {name: fact for name, fact in content["recipe"].items() if name != "base"}
-    content["hyper_parameters"] = arguments | {name: value for name, value in plain.items() if name in arguments}
-    content["state_dict"] = {name: weights[name].detach().cpu().clone() for name in state}
+        content["recipe"] = {key: fact for key, fact in content["recipe"].items() if key != "base"}
+    content["hyper_parameters"] = arguments | {key: value for key, value in plain.items() if key in arguments}
+    content["state_dict"] = {key: weights[key].detach().cpu().clone() for key in state}
     content["optimizer_states"] = []
     content["callbacks"] = {k: v for k, v in content["callbacks"].items() if not k.startswith(TIED)}
+    if sizes is not None:
+        content["recipe"] = content["recipe"] | {"sizes": sizes}
+        content |= {"epoch": 0, "global_step": 0, "lr_schedulers": [], "callbacks": {}}
+        content.pop("loops", None)
     if run := run_of_checkpoint(str(end.path)):
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        config["model"] |= {name: value for name, value in plain.items() if name in config["model"]}
+        config["model"] |= {key: value for key, value in plain.items() if key in config["model"]}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    target = folder / "checkpoints" / "best.ckpt"
+    target = folder / "checkpoints" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".part")
     torch.save(content, beside)

@@ -17,6 +17,7 @@ import torch
 from .encoders import encoder_path, quietly
 from .peft import Peft, adapters
 from .peft.folder import save_for_peft
+from .pruning import unpack_zeros
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def load_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
         if "weights_only" in reason:  # torch's advice would run what is in it
             reason = "it is none, is damaged, or holds more than these"
         raise ValueError(f"checkpoint {path} cannot be read safely, as tensors and plain values: {reason}") from error
+    if isinstance(content, dict) and "packed" in content:
+        content["state_dict"] |= unpack_zeros(content.pop("packed"))
     return content
 
 

@@ -22,6 +22,7 @@ from ..parts.optim import build_optimizer, reassert, snapshot
 from ..parts.param_groups import describe as describe_groups
 from ..parts.param_groups import param_groups, table
 from ..parts.peft import Peft, adapt, describe
+from ..parts.pruning import Numbers, reshape, unpack_zeros
 from ..parts.schedules import Plateau, Schedule
 from .base_weights import Base
 from .lesson import Lesson
@@ -72,6 +73,7 @@ class RecipeModule(LightningModule):
         self.save_base = save_base
         self.base: Base | None = None  # weights that a checkpoint may leave out
         self.peft: Peft | None = None
+        self.sizes: Numbers = {}  # that are others than the architecture's: channels were cut
         self.untuned: set[nn.Parameter] = set()  # frozen, for it is their adapters that train
         self.still = set()  # with their statistics
         self.weight_kind: Any = class_weights if isinstance(class_weights, str) else None
@@ -277,10 +279,15 @@ class RecipeModule(LightningModule):
             )
             checkpoint["state_dict"] = base.leave_out(checkpoint["state_dict"], frozen, still)
             checkpoint["recipe"]["base"] = {"source": base.source, "digest": base.digest}
+        if self.sizes:
+            checkpoint["recipe"]["sizes"] = self.sizes
         state = checkpoint["state_dict"]  # a student needs its projections to go on, and not to be used
         checkpoint["projections"] = {name: state.pop(name) for name in list(state) if name.startswith("projections.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] |= unpack_zeros(checkpoint.pop("packed", {}))
+        self.sizes = checkpoint.get("recipe", {}).get("sizes", {})
+        reshape(self, self.sizes, checkpoint["state_dict"])
         if len(self.projections):
             checkpoint["state_dict"] |= checkpoint["projections"]
         if self.base is not None:

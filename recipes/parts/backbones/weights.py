@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..pruning import unpack_zeros
 from ..spelling import nearest_name
 from .backbone import Backbone
 from .build import backbone_facts
@@ -207,7 +208,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f'file, convert it once: python -c "{convert}" {files}'
         ) from error
     nested = next((name for name in _NESTED if isinstance(content, dict) and isinstance(content.get(name), dict)), "")
-    state = content[nested] if nested else content
+    state = {**content[nested], **unpack_zeros(content.get("packed", {}))} if nested else content
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         found = f"a dictionary with {_listed(map(str, state))}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"weights {path} hold no state dict, but {found}")
