@@ -268,6 +268,13 @@ class TextClassifier(RecipeModule):
         """The encoder's configuration."""
         return {"encoder": self.net.config.to_dict()}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """An encoder of which hidden units were cut knows how many are left."""
+        super().on_load_checkpoint(checkpoint)
+        told = checkpoint.get("recipe", {}).get("encoder", {}) if self.sizes else {}
+        for name in {"intermediate_size", "hidden_dim"} & told.keys():
+            setattr(self.net.config, name, told[name])
+
 
 class TextCLI(RecipeCLI):
     """The command line of this recipe: data and model agree on tokenizer and problem; the result, for transformers."""

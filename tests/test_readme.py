@@ -96,7 +96,7 @@ LEAVES = {  # what a command of README is typed for
     "recipes.export": "vision_onnx/README.md",
     "recipes copy": "mine.yaml",
 }
-ELSEWHERE = ("recipes.serve", "text/quickstart")  # these have tests of their own
+ELSEWHERE = ("recipes.serve", "text/quickstart", "--max_drop")  # these have tests of their own
 
 
 @pytest.fixture(scope="module")

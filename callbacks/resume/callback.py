@@ -170,7 +170,7 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the saved progress to the point where the run is to go on."""
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or "loops" not in checkpoint:  # which holds weights to begin with, and no progress
             return
         loops = checkpoint["loops"]["fit_loop"]
         self.resumed = checkpoint["callbacks"].get(self.state_key, {})

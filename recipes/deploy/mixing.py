@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..parts.checkpoints import is_whole, load_checkpoint, run_of_checkpoint
 from ..parts.peft.targets import is_inside
-from ..parts.pruning import Numbers
 from ..parts.soups import Weights, fill, remeasure_norms
 from .restored import Restored, restore
 from .variants import Answer, Held
@@ -134,7 +133,7 @@ def norms_differ(nets: Iterable[Weights]) -> bool:
 
 
 def write_run(
-    end: End, weights: Weights, folder: Path, *, sizes: Numbers | None = None, name: str = "best.ckpt"
+    end: End, weights: Weights, folder: Path, *, facts: Mapping[str, Any] | None = None, name: str = "best.ckpt"
 ) -> Path:
     """A run's folder with a checkpoint that holds other weights, and nothing of the optimiser or of other weights.
 
@@ -142,7 +141,7 @@ def write_run(
         end: Whose arguments, data and progress the checkpoint has, and whose config goes with it.
         weights: By the net's names; without adapters that were merged.
         folder: Of the run.
-        sizes: Of a net whose channels were cut; it begins afresh, without progress.
+        facts: That the checkpoint says of its net beside what it said; then it begins afresh, without progress.
         name: Of the checkpoint.
 
     Returns:
@@ -159,8 +158,8 @@ def write_run(
     content["state_dict"] = {key: weights[key].detach().cpu().clone() for key in state}
     content["optimizer_states"] = []
     content["callbacks"] = {k: v for k, v in content["callbacks"].items() if not k.startswith(TIED)}
-    if sizes is not None:
-        content["recipe"] = content["recipe"] | {"sizes": sizes}
+    if facts is not None:
+        content["recipe"] = {**content["recipe"], **facts}
         content |= {"epoch": 0, "global_step": 0, "lr_schedulers": [], "callbacks": {}}
         content.pop("loops", None)
     if run := run_of_checkpoint(str(end.path)):
