@@ -22,7 +22,7 @@ def finished(arguments: Sequence[str], *, keep: bool = False) -> dict[str, Any]:
 
     Args:
         arguments: `recipes.vision`, `fit` and so on.
-        keep: Whether its best checkpoint stays, at `checkpoint`.
+        keep: Whether its folder stays, with the best checkpoint, at `checkpoint`.
     """
     key = hashlib.sha256("\n".join(arguments).encode()).hexdigest()[:16]
     kept, folder = WORK / "done" / f"{key}.json", WORK / "fits" / key
@@ -53,11 +53,10 @@ def finished(arguments: Sequence[str], *, keep: bool = False) -> dict[str, Any]:
             "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
             "fit_s": told["cost"]["seconds"],
             "checkpoint_mb": best.stat().st_size / 1e6,
-            "checkpoint": str(WORK / "done" / f"{key}.ckpt") if keep else None,
+            "checkpoint": str(best) if keep else None,
         }
         kept.parent.mkdir(parents=True, exist_ok=True)
-        if keep:
-            best.replace(found["checkpoint"])
         kept.write_text(json.dumps(found, indent=1))
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)
     return dict(json.loads(kept.read_text()))

@@ -231,6 +231,7 @@ OVER_RANKS = [
     (name, precision, accumulate)
     for name in NAMES
     for precision, accumulate in dict.fromkeys((way[0], way[2]) for way in FEW_WAYS.get(name, EVERY_WAY))
+    if precision == "fp32" or (precision == "fp16") == (accumulate == 3)  # each with its like, in one process
 ]
 
 

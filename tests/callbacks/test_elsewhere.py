@@ -144,6 +144,7 @@ Plain.predict_step = lambda self, batch, batch_idx: {"index": torch.arange(3) + 
 quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 Trainer(callbacks=[PredictionWriter("p.csv")], **quiet).predict(Plain(), data)
 assert len(open("p.csv").readlines()) == 13""",
+    "pruning": "from pruning import Prune\nfit(Prune(0.5, end=2, every_n_steps=1))",
     "report": "from report import Report\nfit(Report('page'))\nassert '<!doctype' in open('page/report.html').read()",
     "resume": "from resume import ExactResume\nfit(ExactResume(seed=0))",
     "unfreezing": "from unfreezing import Freeze, GradualUnfreezing\n"

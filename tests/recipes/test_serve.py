@@ -148,14 +148,14 @@ def stopped(server: Server) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = started(vision_checkpoint(tmp_path_factory.mktemp("pictures")))
     yield server
     stopped(server)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = started(text_checkpoint(tmp_path_factory.mktemp("texts")))
     yield server
