@@ -17,11 +17,12 @@ DATA = Path(os.environ.get("FINETUNING_DATA", "")).absolute()
 WORK = Path("runs/benchmarks").absolute()
 
 
-def finished(arguments: Sequence[str], *, keep: bool = False) -> dict[str, Any]:
+def finished(arguments: Sequence[str], *, keep: bool = False, more: Sequence[str] = ()) -> dict[str, Any]:
     """What a fit found and used.
 
     Args:
         arguments: `recipes.vision`, `fit` and so on.
+        more: Arguments that no earlier run needed to give the same.
         keep: Whether its folder stays, with the best checkpoint, at `checkpoint`.
     """
     key = hashlib.sha256("\n".join(arguments).encode()).hexdigest()[:16]
@@ -30,7 +31,14 @@ def finished(arguments: Sequence[str], *, keep: bool = False) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", *arguments, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"],
+            [
+                sys.executable,
+                "-m",
+                *arguments,
+                *more,
+                "--trainer.accelerator=cpu",
+                f"--trainer.default_root_dir={folder}",
+            ],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

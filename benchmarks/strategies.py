@@ -149,7 +149,7 @@ def run(task: Task, ways: Ways, way: str, factor: float, seed: int, options: Seq
         *task.options,
         *options,
     ]
-    found = finished(arguments)
+    found = finished(arguments, more=["--model.lr_limit=null"])
     print(
         f"{way}, x{factor:g}, seed {seed}: val {found['val']:.4f} {found['test']}, {found['fit_s']:.0f} s", flush=True
     )

@@ -55,7 +55,9 @@ class MaskedLanguageModel(RecipeModule):
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it; 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate.
-        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's; one for
+            `vision` and one for `text`, or one for both.
+        lr_limit: The highest learning rate that comes of the factor, likewise; None for no limit.
         peft: Freeze the encoder and train LoRA, DoRA or IA3 in it, as of `recipes.parts.peft.Peft`. What the run writes
             in the end are plain weights, with what was learnt.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
@@ -76,11 +78,14 @@ class MaskedLanguageModel(RecipeModule):
         schedule: Callable[[Optimizer, int], LRScheduler] = Linear,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
-        lr_factor: float = 1.0,
+        lr_factor: float | dict[str, float] = 1.0,
+        lr_limit: float | dict[str, float] | None = None,
         peft: Peft | None = None,
         save_base: bool | None = None,
     ) -> None:
-        super().__init__(vocab_size, None, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, save_base)
+        super().__init__(
+            vocab_size, None, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, lr_limit, save_base
+        )
         self.save_hyperparameters()
         self.filled_in = MeanMetric()
         self.net = build_masked_lm(encoder, architecture, vocab_size, pretrained)

@@ -83,7 +83,9 @@ class TextClassifier(RecipeModule):
             https://arxiv.org/abs/1801.06146); 1 for one learning rate.
         lr_multipliers: Ordered pattern -> factor on the learning rate; the first that is found in a parameter's name
             counts.
-        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's; one for
+            `vision` and one for `text`, or one for both.
+        lr_limit: The highest learning rate that comes of the factor, likewise; None for no limit.
         peft: Freeze the encoder and train adapters in it: method, rank, targets and more, as of
             `recipes.parts.peft.Peft`; the head trains as ever.
         save_base: Whether checkpoints hold frozen weights that can be loaded again from `encoder`; if not given, unless
@@ -124,7 +126,8 @@ class TextClassifier(RecipeModule):
         schedule: Callable[[Optimizer, int], LRScheduler] = Linear,
         layer_decay: float = 1.0,
         lr_multipliers: dict[str, float] | None = None,
-        lr_factor: float = 1.0,
+        lr_factor: float | dict[str, float] = 1.0,
+        lr_limit: float | dict[str, float] | None = None,
         peft: Peft | None = None,
         save_base: bool | None = None,
         teacher: str | None = None,
@@ -135,7 +138,7 @@ class TextClassifier(RecipeModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(
-            num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, save_base
+            num_classes, class_weights, optimizer, schedule, layer_decay, lr_multipliers, lr_factor, lr_limit, save_base
         )
         self.save_hyperparameters()
         single = problem_type == "single_label_classification"

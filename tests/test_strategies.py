@@ -109,7 +109,7 @@ def test_several_go_together_and_what_the_config_freezes_gives_way() -> None:
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
     assert {"LRWarmup", "GradualUnfreezing", "L2SP", "EMA"} <= set(kinds)
     assert kinds.count("Freeze") == 1
-    assert cli.model.peft.method == "lora" and cli.model.lr_factor == 5
+    assert cli.model.peft.method == "lora" and cli.model.lr_factor == 3
 
 
 def test_ls_and_copy(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,9 +149,11 @@ def write_run(
     """
     content = load_checkpoint(end.path, mapped=True)
     state, arguments = content["state_dict"], content["hyper_parameters"]
-    plain = {}  # what the net's arguments have to say no more
+    plain: dict[str, Any] = {}  # what the net's arguments have to say no more
     if arguments.get("peft") is None or state.keys() - weights.keys():  # there are none, or they were merged
-        plain = {"peft": None, "save_base": None}
+        plain = {"peft": None, "save_base": None} | (
+            {} if arguments.get("peft") is None else {"lr_factor": 1.0, "lr_limit": None}
+        )
         state = weights
         content["recipe"] = {key: fact for key, fact in content["recipe"].items() if key != "base"}
     content["hyper_parameters"] = arguments | {key: value for key, value in plain.items() if key in arguments}

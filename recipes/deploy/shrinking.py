@@ -147,8 +147,8 @@ class Recovery:
         given = trainer.get("callbacks") or []
         kept = [c for c in given if c["class_path"].rpartition(".")[2] not in FREEZERS and c["class_path"] not in own]
         trainer |= {"callbacks": [*kept, *self.callbacks], "max_epochs": self.epochs, "max_steps": -1}
-        model |= {"lr_factor": self.lr_factor, "teacher": None, "match_blocks": None}
-        model |= {key: value for key, value in (("weights", None), ("pretrained", False)) if key in model}
+        away = {"weights": None, "pretrained": False, "lr_limit": None, "teacher": None, "match_blocks": None}
+        model |= {"lr_factor": self.lr_factor, **{key: value for key, value in away.items() if key in model}}
         return config
 
 

@@ -10,6 +10,7 @@ Every parameter is in a named group from the start, frozen ones too, and each gr
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ __all__ = ["MuonWithAdamW", "build_optimizer", "describe", "param_groups", "reas
 def build_optimizer(
     optimizer: Callable[[Iterable[Any]], Optimizer], groups: Sequence[ParamGroup], *, fused: bool | None = None
 ) -> Optimizer:
-    """Builds an optimiser whose groups carry their real learning rates: that of `optimizer` times `lr_scale`.
+    """Builds an optimiser whose groups carry their real learning rates.
+
+    Each is that of `optimizer` times the group's `lr_scale`, and at most its `lr_limit`.
 
     `optimizer` is called twice, at first with a throw-away parameter, to see what it builds. L-BFGS knows but one
     group and gets one. Rprop uses its learning rate in the first step alone.
@@ -62,7 +65,7 @@ def build_optimizer(
 
     built = optimizer([dict(group) for group in groups])
     for group in built.param_groups:
-        lr = group["lr"] * group.pop("lr_scale", 1.0)
+        lr = min(group["lr"] * group.pop("lr_scale", 1.0), group.pop("lr_limit", math.inf))
         group["lr"], group["initial_lr"] = lr, copy.deepcopy(lr)  # a copy of a tensor would share its memory
         if not decays:
             group.pop("weight_decay", None)

@@ -43,7 +43,9 @@ class RecipeModule(LightningModule):
         schedule: Called with the optimiser and the total number of optimiser steps.
         layer_decay: Factor on the learning rate from each block to the one before it.
         lr_multipliers: Ordered pattern -> factor on the learning rate.
-        lr_factor: On all learning rates: what a strategy brings that suits another than the config's.
+        lr_factor: On all learning rates: what a strategy brings where another suits it than the config's; by recipe,
+            `vision` or `text`, or one for both.
+        lr_limit: The highest learning rate that comes of the factor, likewise; None for no limit.
         save_base: Whether checkpoints hold frozen weights that can be loaded again; None: unless peft freezes them.
     """
 
@@ -62,14 +64,17 @@ class RecipeModule(LightningModule):
         schedule: Callable[[Optimizer, int], LRScheduler],
         layer_decay: float,
         lr_multipliers: dict[str, float] | None,
-        lr_factor: float = 1.0,
+        lr_factor: float | dict[str, float] = 1.0,
+        lr_limit: float | dict[str, float] | None = None,
         save_base: bool | None = None,
     ) -> None:
         super().__init__()
         self.lesson: Lesson | None = None  # from a teacher; no module, so that no checkpoint holds it
         self.projections = nn.ModuleDict()  # student's block -> map to the features of the teacher's
         self.optimizer, self.schedule = optimizer, schedule
-        self.layer_decay, self.lr_multipliers, self.lr_factor = layer_decay, lr_multipliers, lr_factor
+        self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
+        self.lr_factor = by_recipe(lr_factor, self.recipe, "lr_factor")
+        self.lr_limit = None if lr_limit is None else by_recipe(lr_limit, self.recipe, "lr_limit")
         self.save_base = save_base
         self.base: Base | None = None  # weights that a checkpoint may leave out
         self.peft: Peft | None = None
@@ -181,9 +186,8 @@ class RecipeModule(LightningModule):
             layer_decay=self.layer_decay,
             lr_multipliers=self.lr_multipliers,
         )
-        if self.lr_factor <= 0:
-            raise ValueError(f"model.lr_factor must be above 0; received {self.lr_factor:g}")
-        return [group | {"lr_scale": group["lr_scale"] * self.lr_factor} for group in groups]
+        limit = {} if self.lr_limit is None else {"lr_limit": self.lr_limit}
+        return [group | limit | {"lr_scale": group["lr_scale"] * self.lr_factor} for group in groups]
 
     def configure_optimizers(self) -> Any:
         """Every parameter in one named group, a schedule per optimiser step."""
@@ -330,3 +334,18 @@ class RecipeModule(LightningModule):
                 name = class_names[label] if class_names else label
                 self.log(f"test/accuracy_of/{name}", right / samples, sync_dist=True)
         self.per_class.reset()
+
+
+def by_recipe(values: float | dict[str, float], recipe: str, name: str) -> float:
+    """A value of a strategy's: what suits encoders of texts is another than what suits nets of images.
+
+    Raises:
+        ValueError: It is not above 0, or there is none for this recipe.
+    """
+    kind = "vision" if recipe == "vision" else "text"
+    if isinstance(values, dict) and kind not in values:
+        raise ValueError(f"model.{name} has no value for {kind}; it has some for {', '.join(values)}")
+    found = values[kind] if isinstance(values, dict) else values
+    if found <= 0:
+        raise ValueError(f"model.{name} must be above 0; received {found:g}")
+    return found

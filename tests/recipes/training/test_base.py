@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from callbacks import L2, ExactResume
 from recipes.mlm import MaskedLanguageModel
 from recipes.parts.losses import IGNORED
+from recipes.parts.optim import build_optimizer
 from recipes.parts.schedules import Constant, Cosine, Linear, OneCycle, Polynomial, Step, WarmupStableDecay
 from recipes.text import TextClassifier
-from recipes.training.base import RecipeModule
+from recipes.training.base import RecipeModule, by_recipe
 from recipes.vision import VisionClassifier
 from tests.nets import quiet, same
 from tests.tiny_encoders import tiny_encoder
@@ -423,3 +424,23 @@ def test_two_ranks_go_on_where_one_stopped(own_folder: Path) -> None:
     trainer.fit(model, two, ckpt_path="end.ckpt")
     for rank in (0, 1):
         assert torch.load(f"rates{rank}.pt") == pytest.approx(rates_by_hand(Linear, 24)[16:], abs=1e-9)
+
+
+def test_a_strategys_factor_is_the_recipes_own() -> None:
+    both = {"vision": 3.0, "text": 30.0}
+    assert [by_recipe(both, recipe, "lr_factor") for recipe in ("vision", "text", "mlm")] == [3.0, 30.0, 30.0]
+    assert by_recipe(2.0, "vision", "lr_factor") == 2.0
+    with pytest.raises(ValueError, match=r"model\.lr_factor has no value for text; it has some for vision"):
+        by_recipe({"vision": 3.0}, "text", "lr_factor")
+    with pytest.raises(ValueError, match=r"model\.lr_limit must be above 0; received 0"):
+        by_recipe(0.0, "text", "lr_limit")
+
+
+def test_a_limit_holds_for_what_comes_of_the_factor() -> None:
+    adam = partial(torch.optim.AdamW, lr=0.01)
+    options = {"backbone": "resnet8", "image_size": 8, "optimizer": adam, "layer_decay": 0.5}
+    model = VisionClassifier(3, lr_factor=4.0, lr_limit=0.011, **options)  # type: ignore[arg-type]
+    rates = {
+        group["name"]: group["lr"] for group in build_optimizer(model.optimizer, model.param_groups()).param_groups
+    }
+    assert rates["stem"] == pytest.approx(0.01 * 4 * 0.5**4) and rates["head"] == rates["layer3"] == 0.011
