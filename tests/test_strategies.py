@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import initialization  # by now: first imported amid `unset`, it would keep what that puts in place
 
 from recipes.__main__ import main as command
 from recipes.cli import early
@@ -53,6 +54,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Random numbers for weights that nobody looks at cost more than all the rest."""
     for name in ("normal_", "trunc_normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        monkeypatch.setitem(initialization.TORCH_INIT_FUNCTIONS, name, lambda tensor, *_, **__: tensor)
     return
 
 
