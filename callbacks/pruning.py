@@ -201,7 +201,7 @@ class Prune(Callback):
             }
             self.packed = None
         elif self.until == 0:
-            self.look(trainer, pl_module, 0)
+            self.look(trainer, 0)
         self.hooks += [optimizer.register_step_post_hook(lambda *_: self.apply()) for optimizer in trainer.optimizers]
         self.apply()
 
@@ -219,14 +219,20 @@ class Prune(Callback):
             self.weights[name].mul_(mask)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After some steps, take another bite."""
+        """After some steps, take another bite; in the end one of each weight that is opened late."""
         step, before = trainer.global_step, self.last
         self.last = step
-        due = (step - self.first) // self.every_n_steps > (before - self.first) // self.every_n_steps
-        if step > before and before < self.until and ((due and step > self.first) or step >= self.until):
-            self.look(trainer, pl_module, step)
+        if step == before:  # amid the batches of a step
+            return
+        bites = [(at - self.first) // self.every_n_steps for at in (before, step)]
+        if before >= self.until:
+            due = any(weight.requires_grad and name not in self.masks for name, weight in self.weights.items())
+        else:
+            due = step >= self.until or (step > self.first and bites[1] > bites[0])
+        if due:
+            self.look(trainer, step)
 
-    def look(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+    def look(self, trainer: Trainer, step: int) -> None:
         """Choose the weights that are zero after a step."""
         open_weights = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
         if self.n_of_m is None:

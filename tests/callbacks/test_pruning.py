@@ -117,6 +117,18 @@ def test_frozen_weights_keep_all(own_folder: Path) -> None:
     assert (net.stem.weight != 0).all() and (net.head["out"].weight == 0).any()
 
 
+def test_what_is_opened_late_loses_its_share_then(own_folder: Path) -> None:
+    class Opens(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            pl_module.stem.weight.requires_grad = trainer.global_step >= 3
+
+    prune, net = Prune(0.5, end=0, by_layer=True), Net(ADAMW)
+    net.stem.weight.requires_grad = False
+    fit([Opens(), prune], net, max_epochs=1)
+    assert float((net.stem.weight == 0).float().mean()) == 0.5
+    assert zeros_of(net, prune) == pytest.approx(0.5, abs=0.01)
+
+
 def test_at_once_two_of_four_and_only_what_is_asked_for(own_folder: Path) -> None:
     net = fit([Prune(n_of_m=(2, 4), end=0, exclude="stem|out")], Net(ADAMW), max_epochs=1)
     assert (net.stem.weight != 0).all() and (net.head["out"].weight != 0).all()
