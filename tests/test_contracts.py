@@ -173,7 +173,6 @@ EVERY_WAY = [
     (precision, clip, accumulate, optimizer)
     for precision, clip, accumulate, optimizer in product(PRECISIONS, [None, 0.5], [1, 3], ["AdamW", "SGD", "LBFGS"])
     if optimizer != "LBFGS" or (accumulate == 1 and precision != "fp16")  # Lightning's closure doesn't go with L-BFGS
-    if precision != "bf16" or (clip is None) == (accumulate == 1)  # scales nothing: half of the ways tell enough
 ]
 # Those that have no part in how a step is made: the report reads logits and counts steps.
 FEW_WAYS: dict[str, list[tuple[str, float | None, int, str]]] = {
@@ -232,7 +231,6 @@ OVER_RANKS = [
     (name, precision, accumulate)
     for name in NAMES
     for precision, accumulate in dict.fromkeys((way[0], way[2]) for way in FEW_WAYS.get(name, EVERY_WAY))
-    if precision == "fp32" or (precision == "fp16") == (accumulate == 3)  # each with its like, in one process
 ]
 
 

@@ -26,7 +26,7 @@ SMALL = {  # of what the longest compare, enough for every conclusion that a cel
     "02_freezing_and_unfreezing": "repeats, rates, images = 1, [1e-3, 0.016, 0.25, 1.0], [5, 100]",
     "03_schedules_and_warmup": "repeats, rates = 1, [0.003, 0.01, 1.0]",
     "05_ewc_and_forgetting": "repeats, ewc_strengths, l2sp_strengths = 1, [1e5, 1e7], [1.0, 30.0]",
-    "07_low_rank_and_teachers": "repeats, ranks = 1, [16]",
+    "07_low_rank_and_teachers": "repeats, ranks = 1, [2, 16]",
     "08_mixtures_and_small_nets": "repeats, places, sparsities = 1, 5, [0.8, 0.98]",
 }
 

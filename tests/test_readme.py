@@ -76,10 +76,10 @@ def test_the_first_command_from_an_empty_folder(own_folder: Path) -> None:
 def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
     (first,) = (command for command in COMMANDS if command.endswith("--config text/quickstart"))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, *shlex.split(first)[1:], "--trainer.max_epochs=1", "--trainer.limit_train_batches=0.7"]
+    command = [sys.executable, *shlex.split(first)[1:], "--trainer.max_epochs=2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) > 0.3, "the largest class is 0.17"
+    assert float(re.findall(r"test +accuracy (\d\.\d+)", done.stdout)[0]) >= 0.45, "the largest class is 0.17"
 
 
 QUICK = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.enable_progress_bar=false"

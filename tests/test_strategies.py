@@ -58,15 +58,9 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-ALIKE = {  # these differ from LoRA, or from EMA, in a word
-    *("strategy/dora", "strategy/ia3", "strategy/adapter", "strategy/prune_gradual", *ONLY_TEXTS),
-}
-TRIED = ("vision/quickstart_pretrain", "vision/folder_mobilenet_v3", "text/quickstart", "text/agnews_albert")
-CROSSED = [(config, name) for config in CONFIGS for name in STRATEGIES if name not in ALIKE or config in TRIED]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "strategy"), CROSSED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_takes_every_strategy(
     config: str, strategy: str, unset: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
