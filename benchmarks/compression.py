@@ -71,7 +71,7 @@ if __name__ == "__main__":
         trained = finished(arguments, keep=True)
         report = compressed(trained["checkpoint"], options, name)
         print(name, report["verdict"], flush=True)
-        kept = ("name", "bytes", "checkpoint_bytes", "parameters", "zeros", "macs", "times", "gain", "agreement")
+        kept = ("name", "bytes", "weight_bytes", "parameters", "zeros", "macs", "times", "gain", "agreement")
         results[name] = {
             "test": trained["test"],
             "shipped": report["chosen"],

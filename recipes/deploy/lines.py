@@ -108,7 +108,7 @@ class Mixing:
         self.shared = mixable(self.start, self.last.weights(), apart, names, whole=len(paths) > 1)
         for name, end in zip(self.names[1:-1], self.ends[1:-1], strict=True):
             mixable(end.weights(), self.last.weights(), (), (name, self.names[-1]))
-        differ = norms_differ([self.start, *(end.weights() for end in self.ends)])
+        differ = norms_differ(chain([self.start], (end.weights() for end in self.ends)))
         self.mixture = Mixture(net, heads, data, remeasured=differ)
         self.blocks = {
             name: [tensor for tensor in self.shared if in_any(tensor, block)]
@@ -240,24 +240,21 @@ def told(
     reference = list(ends.values())[-1]
     columns = ["a" if "start" in ends else "net"]
     columns += chain.from_iterable((held.name, "gain", "95 %") for held in mixing.held)
-    table, words = [], []
-    for name, found in rows:
-        told = figures(found, {held.name: reference[held.name] for held in mixing.held})
-        table.append([name, *chain.from_iterable(cells(figures[0]) for figures in told.values())])
-    for name, compared in figures(chosen, reference).items():
-        gain = gain_in_words("The mixture", compared[0])
-        words.append(
-            f"On {name} {gain['run'][0].lower()}{gain['run'][1:]} {gain['words']} {list(ends)[-1]}: {gain['by']}."
-        )
+    own = {held.name: reference[held.name] for held in mixing.held}
+    compared = [(name, figures(found, own)) for name, found in rows]
+    gains, words = figures(chosen, reference), []
+    for name, (first, *_) in gains.items():
+        gain = gain_in_words("the mixture", first)
+        words.append(f"On {name} {gain['run']} {gain['words']} {list(ends)[-1]}: {gain['by']}.")
     return {
         "version": 1,
         "title": "A line between two nets" if "start" in ends else f"A soup of {len(mixing.ends)} nets",
         "verdict": " ".join([f"Chosen: {facts['chosen']}.", *words]),
         "facts": {**facts, "checkpoint": str(checkpoint)},
         "columns": columns,
-        "table": table,
-        "rows": [{"name": n, "figures": figures(f, {k: reference[k] for k in f})} for n, f in rows],
-        "chosen": figures(chosen, reference),
+        "table": [[name, *chain.from_iterable(cells(first) for first, *_ in one.values())] for name, one in compared],
+        "rows": [{"name": name, "figures": one} for name, one in compared],
+        "chosen": gains,
         "ends": {name: figures(found, reference) for name, found in ends.items()},
     }
 

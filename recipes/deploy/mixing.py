@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ NORM_SAMPLES = 1024  # training images that BatchNorm's statistics are measured 
 
 
 class End:
-    """A finished net, of which nothing is in memory but what is asked for.
+    """A finished net, of which nothing is in memory but the tensors that are asked for.
 
     Args:
         path: A checkpoint, or the folder of a run: its best.
@@ -38,6 +39,7 @@ class End:
     def __init__(self, path: Path, base: str | None = None) -> None:
         best = path / "checkpoints" / "best.ckpt"
         self.path, self.base = (best if best.is_file() else path), base
+        self.merged: Weights | None = None
         if not self.path.is_file():
             raise FileNotFoundError(f"no checkpoint {path}: give runs/.../best.ckpt, or the folder of a run with one")
 
@@ -48,11 +50,17 @@ class End:
         return found
 
     def weights(self) -> Weights:
-        """All of its weights, as far as they can be left in the file."""
+        """All of its weights, left in a file: the checkpoint, or a temporary one of what adapters are merged to."""
+        if self.merged is not None:
+            return self.merged
         content = load_checkpoint(self.path, mapped=True)
         if content["hyper_parameters"].get("peft") is None and is_whole(content):
             return content["state_dict"]  # type: ignore[no-any-return]
-        return self.restored().model.state_dict()  # type: ignore[no-any-return]
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when its name is gone
+            torch.save({"state_dict": self.restored().model.state_dict()}, f"{folder}/merged.ckpt")
+            merged: Weights = load_checkpoint(f"{folder}/merged.ckpt", mapped=True)["state_dict"]
+        self.merged = merged
+        return merged
 
 
 class Mixture:
@@ -126,8 +134,9 @@ def mixable(
 
 
 def norms_differ(nets: Iterable[Weights]) -> bool:
-    """Whether BatchNorm's statistics are not the same in all of them."""
-    first, *others = nets
+    """Whether BatchNorm's statistics are not the same in all of them; one net after the other."""
+    others = iter(nets)
+    first = next(others)
     means = [name for name in first if name.endswith("running_mean")]
     return any(name in other and not torch.equal(first[name], other[name]) for other in others for name in means)
 
@@ -151,9 +160,9 @@ def write_run(
     state, arguments = content["state_dict"], content["hyper_parameters"]
     plain: dict[str, Any] = {}  # what the net's arguments have to say no more
     if arguments.get("peft") is None or state.keys() - weights.keys():  # there are none, or they were merged
-        plain = {"peft": None, "save_base": None} | (
-            {} if arguments.get("peft") is None else {"lr_factor": 1.0, "lr_limit": None}
-        )
+        plain = {"peft": None, "save_base": None}
+        if arguments.get("peft") is not None:  # whose rate suits plain weights no more
+            plain |= {"lr_factor": 1.0, "lr_limit": None}
         state = weights
         content["recipe"] = {key: fact for key, fact in content["recipe"].items() if key != "base"}
     content["hyper_parameters"] = arguments | {key: value for key, value in plain.items() if key in arguments}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor
 
 from .restored import Restored
-
-log = logging.getLogger(__name__)
 
 Inputs = dict[str, np.ndarray[Any, Any]]  # name of an input of the graph -> a batch
 CALIBRATION_IMAGES = 256

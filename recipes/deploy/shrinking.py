@@ -136,7 +136,7 @@ class Recovery:
                 if stop.code:  # else it had finished, and was killed before it could say so
                     raise
             pack(best)
-            start.unlink()
+            start.unlink(missing_ok=True)
             done.touch()
         return best
 

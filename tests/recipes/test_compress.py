@@ -61,7 +61,7 @@ def test_a_net_made_small(old_and_new: tuple[str, str], own_folder: Path, capsys
     whole, sparse, cut = (rows[name] for name in ("as it is", "sparse 0.7", "cut 0.5"))
     assert cut["macs"] <= 0.5 * whole["macs"] and cut["parameters"] < whole["parameters"]
     assert cut["bytes"] < 0.7 * whole["bytes"] and rows["int8"]["bytes"] < 0.5 * whole["bytes"]
-    assert sparse["checkpoint_bytes"] < 0.5 * whole["checkpoint_bytes"]
+    assert sparse["weight_bytes"] < 0.5 * whole["weight_bytes"]
     zeros, count = zeros_by_numpy(sparse["checkpoint"])
     assert zeros / count > 0.69 and zeros <= sparse["zeros"]
     assert whole["gain"]["gain"] == 0 and whole["agreement"] == 1 and "on the test split" in report["facts"]
@@ -110,10 +110,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_files(
     assert files() == wanted
     told = report_of(Path("small"))
     assert told["chosen"] == whole["chosen"]
-    same = [
-        [{k: v for k, v in row.items() if k not in ("times", "checkpoint_bytes")} for row in one["rows"]]
-        for one in (whole, told)
-    ]
+    same = [[{k: v for k, v in row.items() if k != "times"} for row in one["rows"]] for one in (whole, told)]
     assert same[0] == same[1]
     monkeypatch.setattr(compress, "export", None)
     monkeypatch.setattr(compress, "quantise", None)
