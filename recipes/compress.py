@@ -50,7 +50,7 @@ from .parts.pruning import macs, pack_zeros
 MAIN = {"vision": vision.main, "text": text.main}
 CALLS = {1: 100, 32: 10}  # batch -> how often its time is taken
 COLUMNS = (
-    *("variant", "file MB", "weights MB", "parameters", "MACs, M"),
+    *("variant", "file MB", "weights MB", "not zero", "MACs, M"),
     *("ms, batch 1", "p95", "ms, batch 32", "p95", "a second"),
 )
 
