@@ -19,6 +19,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from .cli import early
@@ -26,6 +27,8 @@ from .cli import early
 try:
     import litserve
     from fastapi import Depends
+    from litserve.loops.base import collate_requests
+    from litserve.loops.simple_loops import BatchedLoop
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
 except ImportError:
@@ -43,6 +46,27 @@ from .deploy.requests import MEGABYTE, Intake
 from .deploy.restored import Restored, restore
 
 
+class Patient(BatchedLoop):  # type: ignore[misc]
+    """LitServe's loop, asleep until a request comes: its own asks a thousand times a second whether one has.
+
+    `batch_timeout` counts from the first request.
+    """
+
+    def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
+        """The first request, and those that come soon after."""
+        first = [request_queue.get()]
+
+        def get(timeout: float) -> Any:
+            return first.pop() if first else request_queue.get(timeout=timeout)
+
+        def get_nowait() -> Any:
+            return first.pop() if first else request_queue.get_nowait()
+
+        while first:  # else a process that is held up at the wrong moment would lose it
+            found = collate_requests(self, lit_api, SimpleNamespace(get=get, get_nowait=get_nowait), transport)
+        return found
+
+
 class Answers(litserve.LitAPI):  # type: ignore[misc]
     """The process with the model.
 
@@ -54,7 +78,7 @@ class Answers(litserve.LitAPI):  # type: ignore[misc]
     """
 
     def __init__(self, checkpoint: Path, max_batch_size: int, batch_timeout: float, base: str | None = None) -> None:
-        super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout, loop=Patient())
         self.checkpoint, self.base = checkpoint, base
 
     def setup(self, device: str) -> None:

@@ -76,6 +76,13 @@ class Server(NamedTuple):
         status = [Path(f"/proc/{pid}/status").read_text() for pid in self.family()]
         return max(int(text.split("VmHWM:")[1].split()[0]) for text in status if "VmHWM" in text) // 1024
 
+    def cpu(self) -> float:
+        """Seconds of all of them so far."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in self.family()]
+        return sum(int(user) + int(system) for *_, user, system in (row[:13] for row in fields)) / os.sysconf(
+            "SC_CLK_TCK"
+        )
+
 
 def save(model: Any, path: Path, **data: Any) -> Path:
     """A checkpoint as a run would write it, without the run."""
@@ -148,14 +155,14 @@ def stopped(server: Server) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = started(vision_checkpoint(tmp_path_factory.mktemp("pictures")))
     yield server
     stopped(server)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = started(text_checkpoint(tmp_path_factory.mktemp("texts")))
     yield server
@@ -214,6 +221,16 @@ def test_texts_at_once_and_what_is_none(texts: Server) -> None:
         assert status in (400, 422) and '{"text": "..."}' in answer["detail"], body
     assert texts.post("x" * (11 * 2**20))[0] == 413
     assert texts.post('{"text": "again"}')[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("texts")
+def test_it_sleeps_while_nobody_asks(texts: Server) -> None:
+    assert texts.post('{"text": "one"}')[0] == 200
+    before = texts.cpu()
+    time.sleep(5)
+    assert texts.cpu() - before < 0.25
+    assert texts.post('{"text": "another"}')[0] == 200
 
 
 def bomb(side: int) -> bytes:
