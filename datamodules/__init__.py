@@ -10,9 +10,11 @@ from .folder import ImageFolder
 from .food101 import Food101
 from .huggingface_images import HuggingFaceImages
 from .huggingface_texts import HuggingFaceTexts
+from .label_columns import ImageColumns, TextColumns
 from .masked_texts import MaskedTexts
 from .oxford_pets import OxfordPets
 from .parquet_images import ParquetImages
+from .shapes import Shapes
 from .stanford_dogs import StanfordDogs
 from .text_files import TextFiles
 
@@ -24,12 +26,15 @@ __all__ = [
     "Food101",
     "HuggingFaceImages",
     "HuggingFaceTexts",
+    "ImageColumns",
     "ImageFolder",
     "MaskedTexts",
     "OxfordPets",
     "PackageDocstrings",
     "ParquetImages",
+    "Shapes",
     "StanfordDogs",
+    "TextColumns",
     "TextFiles",
 ]
 

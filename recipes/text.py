@@ -28,10 +28,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
+from .cli.defaults import fill_in_tokenizer
 from .cli.overrides import take_class_names
 from .parts.blocks import Fusion
 from .parts.checkpoints import encoder_of, glance, is_whole, save_for_transformers
-from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, max_tokens, pool
+from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, pool
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
 from .parts.metrics import answers, metrics_of, per_class_counts
@@ -304,16 +305,7 @@ class TextCLI(RecipeCLI):
         super().instantiate_classes()
         data: Any = self.datamodule
         data.names_learnt = self.names_learnt
-        if data.tokenizer_name is None:
-            data.tokenizer_name = encoder_path(self.model.hparams["encoder"])
-        most = max_tokens(self.model.net)
-        if most is not None and data.max_length > most and self.model.peft and self.model.peft.method == "prompt":
-            log.info("data.max_length: %d; the prompt takes the other positions", most)
-            data.max_length = most
-        if most is not None and data.max_length > most:
-            early.stop(
-                f"data.max_length is {data.max_length}, and {self.model.hparams['encoder']} takes {most} at most"
-            )
+        fill_in_tokenizer(self.model, self.model.net, data)
 
     def after_fit(self) -> None:
         """As in all recipes; and the best checkpoint as a folder that plain transformers opens."""

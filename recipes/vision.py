@@ -29,8 +29,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .cli.command import RecipeCLI
+from .cli.defaults import fill_in_image_size
 from .cli.overrides import take_class_names
-from .parts.backbones import backbone_facts, build_backbone, load_weights
+from .parts.backbones import build_backbone, load_weights
 from .parts.heads import HeadInit, HeadKind, build_head
 from .parts.losses import LossKind, WeightKind, classification_loss, mass
 from .parts.metrics import classification_metrics, per_class_counts
@@ -301,17 +302,7 @@ class VisionCLI(RecipeCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "predict" and config.data.init_args.get("predict_root"):
             take_class_names(config)
-        facts = backbone_facts(config.model.backbone)
-        given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
-        config.model.image_size = size = next(value for value in given if value is not None)
-        if given[1] not in (None, size):
-            raise ValueError(f"model.image_size is {size}, data.image_size {given[1]}: set model.image_size alone")
-        if size < facts.min_size:
-            raise ValueError(
-                f"{config.model.backbone} needs images of at least {facts.min_size} px; model.image_size is {size}"
-            )
-        if "image_size" in config.data.init_args:
-            config.data.init_args.image_size = size
+        fill_in_image_size(config)
 
     def before_fit(self) -> None:
         """Compute the features of a frozen backbone, if asked to."""

@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {  # room -> rooms that its files may import from, 
 }
 LIBRARIES = {  # package, or room -> what of other people's its files may import
     "recipes/parts": {"torch", "torchvision", "transformers", "peft", "torchmetrics", "timm", "safetensors"}
-    | {"torch_pruning"},  # cuts channels
+    | {"torch_pruning"}  # cuts channels
+    | {"torchjd"},  # tells gradients that conflict
     "recipes": {
         "torch",
         "torchvision",
@@ -44,7 +45,7 @@ LIBRARIES = {  # package, or room -> what of other people's its files may import
     | {"onnx", "onnxruntime", "onnxscript"}  # recipes.export writes with them
     | {"litserve", "fastapi", "starlette", "PIL"},  # recipes.serve; the second and third come with the first
     "callbacks/report": {"torch", "lightning", "torchmetrics", "safetensors", "jinja2", "matplotlib"},
-    "callbacks/predictions.py": {"torch", "lightning", "pyarrow"},
+    "callbacks/predictions": {"torch", "lightning", "pyarrow"},
     "callbacks": {"torch", "lightning", "torchmetrics", "safetensors"},
     "datamodules": {"torch", "torchvision", "lightning", "datasets", "transformers", "tokenizers", "numpy"}
     | {"pyarrow", "PIL", "scipy", "sklearn", "filelock", "fsspec", "tqdm"},

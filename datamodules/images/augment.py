@@ -35,14 +35,25 @@ def augment(images: Tensor, uniform: Tensor, strength: str, *, flip: bool = True
     Returns:
         float in [0, 1], same shape, channels-last.
     """
+    return recolour(move(images, uniform, strength, flip=flip), uniform, strength)
+
+
+def move(images: Tensor, uniform: Tensor, strength: str, *, flip: bool = True) -> Tensor:
+    """What `augment` does with places; any type and number of channels, masks among them."""
     u = uniform.unbind(1)
     mirrored = (u[0] < 0.5) & flip
     if strength in ("standard", "strong"):
-        images = shift_and_mirror(images, u[1], u[2], mirrored, reach=max(1, images.shape[-1] // 8))
-    elif strength == "light":
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return shift_and_mirror(images, u[1], u[2], mirrored, reach=max(1, images.shape[-1] // 8))
+    if strength == "light":
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return images
+
+
+def recolour(images: Tensor, uniform: Tensor, strength: str) -> Tensor:
+    """What `augment` does with colours, to floats."""
     images = to_float(images)
     if strength == "strong":
+        u = uniform.unbind(1)
         images = jitter_colours(images, u[3], u[4], u[5], amount=0.4)
         images = erase_rectangle(images, u[6:12])
     return images

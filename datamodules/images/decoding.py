@@ -127,7 +127,7 @@ def without_metadata(file: Any) -> bytes | None:
     return bytes(kept)
 
 
-def evaluation_crop(image: Image.Image, size: int) -> Image.Image:
+def evaluation_crop(image: Image.Image, size: int, method: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
     """The middle of an image, `(size, size)`; the same whether images lie in memory or are decoded.
 
     A large image's shorter side is brought to size x 8/7 first, as is usual for ImageNet's weights. One that has
@@ -140,8 +140,8 @@ def evaluation_crop(image: Image.Image, size: int) -> Image.Image:
     width, height = (int(side * pixels / shorter) for pixels in image.size)
     left, top = (round((pixels - size) / 2) for pixels in (width, height))
     if max(width, height) <= LONG * size:
-        whole = image.resize((width, height), Image.Resampling.BILINEAR)
+        whole = image.resize((width, height), method)
         return whole.crop((left, top, left + size, top + size))
     across, down = image.width / width, image.height / height  # a strip would become enormous
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), method, box=box)

@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import callbacks
 
+from ..parts.backbones import backbone_facts
+from ..parts.encoders import encoder_path, max_tokens
 from . import early
 from .runs import keep_metrics
 from .screen import progress
@@ -30,6 +32,37 @@ def fill_in(trainer: Any) -> None:
             given = callback.init_args
             if given.check_on_train_epoch_end is None and given.monitor.startswith("val/"):
                 given.check_on_train_epoch_end = False  # else a fit that ends before a validation ends in an error
+
+
+def fill_in_image_size(config: Any) -> None:
+    """One size of images for the data and the model: what is given, or what the backbone is meant for.
+
+    Raises:
+        ValueError: Two sizes, or one that is too small for the backbone.
+    """
+    facts = backbone_facts(config.model.backbone)
+    given = (config.model.image_size, config.data.init_args.get("image_size"), facts.input_size)
+    config.model.image_size = size = next(value for value in given if value is not None)
+    if given[1] not in (None, size):
+        raise ValueError(f"model.image_size is {size}, data.image_size {given[1]}: set model.image_size alone")
+    if size < facts.min_size:
+        raise ValueError(
+            f"{config.model.backbone} needs images of at least {facts.min_size} px; model.image_size is {size}"
+        )
+    if "image_size" in config.data.init_args:
+        config.data.init_args.image_size = size
+
+
+def fill_in_tokenizer(model: Any, net: Any, data: Any) -> None:
+    """The tokenizer is the encoder's unless the data names one; texts that are longer than it can take are refused."""
+    if data.tokenizer_name is None:
+        data.tokenizer_name = encoder_path(model.hparams["encoder"])
+    most = max_tokens(net)
+    if most is not None and data.max_length > most and model.peft and model.peft.method == "prompt":
+        log.info("data.max_length: %d; the prompt takes the other positions", most)
+        data.max_length = most
+    if most is not None and data.max_length > most:
+        early.stop(f"data.max_length is {data.max_length}, and {model.hparams['encoder']} takes {most} at most")
 
 
 def trainer_options(

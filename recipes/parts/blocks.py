@@ -27,11 +27,18 @@ class Watch:
 
     def __init__(self, net: nn.Module, groups: Mapping[str, Sequence[str]], names: Sequence[str], option: str) -> None:
         self.outputs: dict[str, Tensor] = {}
+        self.hooks = []
         for name in names:
             if name not in groups:
                 hint = f"{did_you_mean(name, list(groups))}; there are {', '.join(groups)}"
                 raise ValueError(f"{option}: {type(net).__name__} has no block {name!r}{hint}")
-            net.get_submodule(groups[name][-1]).register_forward_hook(self._keep(name))
+            self.hooks.append(net.get_submodule(groups[name][-1]).register_forward_hook(self._keep(name)))
+
+    def end(self) -> dict[str, Tensor]:
+        """Watch no more; what the last forward pass gave."""
+        for hook in self.hooks:
+            hook.remove()
+        return self.outputs
 
     def _keep(self, name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -60,12 +67,7 @@ class Fusion:
         self, net: nn.Module, groups: Mapping[str, Sequence[str]], names: Sequence[str], run: Callable[[], Any]
     ) -> None:
         self.watch = Watch(net, groups, names, "model.fuse_blocks")
-        modes = {module: module.training for module in net.modules()}
-        net.eval()
-        with torch.no_grad():
-            run()
-        for module, mode in modes.items():
-            module.training = mode
+        run_once(net, run)
         self.width = sum(out.shape[1 if out.ndim != 3 else 2] for out in self.watch.outputs.values())
 
     def join(self, features: Tensor, over: Callable[[Tensor], Tensor]) -> Tensor:
@@ -79,6 +81,16 @@ class Fusion:
         means = [over(out) for out in self.watch.outputs.values()]
         self.watch.outputs.clear()
         return torch.cat([features, *(F.layer_norm(mean, mean.shape[1:]) for mean in means)], 1)
+
+
+def run_once(net: nn.Module, run: Callable[[], Any]) -> None:
+    """Run a net to see what it gives: in evaluation mode, without gradients, and leave it as it was."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    with torch.no_grad():
+        run()
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def over_places(output: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class RecipeModule(LightningModule):
             `vision` or `text`, or one for both.
         lr_limit: The highest learning rate that comes of the factor, likewise; None for no limit.
         save_base: Whether checkpoints hold frozen weights that can be loaded again; None: unless peft freezes them.
+        reads: `vision` or `text`, if the recipe's name does not say it.
     """
 
     recipe: ClassVar[str]  # name of the command
@@ -67,14 +68,16 @@ class RecipeModule(LightningModule):
         lr_factor: float | dict[str, float] = 1.0,
         lr_limit: float | dict[str, float] | None = None,
         save_base: bool | None = None,
+        reads: str | None = None,
     ) -> None:
         super().__init__()
         self.lesson: Lesson | None = None  # from a teacher; no module, so that no checkpoint holds it
         self.projections = nn.ModuleDict()  # student's block -> map to the features of the teacher's
         self.optimizer, self.schedule = optimizer, schedule
         self.layer_decay, self.lr_multipliers = layer_decay, lr_multipliers
-        self.lr_factor = by_recipe(lr_factor, self.recipe, "lr_factor")
-        self.lr_limit = None if lr_limit is None else by_recipe(lr_limit, self.recipe, "lr_limit")
+        reads = reads or self.recipe
+        self.lr_factor = by_recipe(lr_factor, reads, "lr_factor")
+        self.lr_limit = None if lr_limit is None else by_recipe(lr_limit, reads, "lr_limit")
         self.save_base = save_base
         self.base: Base | None = None  # weights that a checkpoint may leave out
         self.peft: Peft | None = None

@@ -1,22 +1,17 @@
+"""Parts of several ranks and starts become one table."""
+
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
-import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from callbacks import PredictionWriter
-from callbacks.predictions import NOTE, batches_done, check_ranks, claim, columns, merge_parts, records
-from tests.nets import Net, data, quiet
+from callbacks.predictions.parts import NOTE, batches_done, check_ranks, claim, merge_parts
 
 
 def part(folder: Path, name: str, *batches: dict[str, Any], first: int = 0) -> Path:
@@ -121,20 +116,6 @@ def test_parquet_holds_what_the_csv_holds(tmp_path: Path) -> None:
     assert words == [[*row[:2], row[2][:-2]] for row in read(tmp_path / "out.csv")[1:]]
 
 
-def test_columns_are_words_and_numbers() -> None:
-    prediction = {
-        "index": torch.tensor([4, 5]),
-        "label": torch.tensor([[True, False, True], [False, False, False]]),
-        "label_2": torch.tensor([2, 0]),
-        "probability": torch.tensor([0.123456789, 1.0]),
-        "p": torch.tensor([[0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]),
-    }
-    found = columns(prediction, ["a", "b", "c"])
-    assert list(found) == ["label", "label_2", "probability", "p(a)", "p(b)", "p(c)"]
-    assert found["label"] == ["a|c", ""] and found["label_2"] == ["c", "a"]
-    assert found["probability"] == [0.123457, 1.0] and found["p(c)"] == [0.7, 0.4]
-
-
 def test_what_was_made_of_something_else_is_refused(tmp_path: Path) -> None:
     folder, facts = tmp_path / "out.csv.parts", {"inputs": "a", "class names": ["b"], "model.top_k": 1}
     assert claim(folder, facts) == claim(folder, facts) == ""
@@ -146,100 +127,3 @@ def test_what_was_made_of_something_else_is_refused(tmp_path: Path) -> None:
     assert claim(folder, facts) == "" and file.exists()
     (folder / NOTE).unlink()  # it was being removed
     assert claim(folder, {**facts, "inputs": "x"}) == "" and not file.exists()
-
-
-@pytest.mark.parametrize("name", ["out.txt", "out"])
-def test_other_endings_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"ending in .csv or .parquet; received out"):
-        PredictionWriter(name)
-
-
-class Doubling(LightningModule):
-    """Gives each number and its double."""
-
-    def predict_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        return {"index": batch, "double": 2 * batch}
-
-
-class Stop(Exception):
-    """Stands in for whatever ends a program."""
-
-
-class Numbers(LightningDataModule):
-    """Ten numbers, in batches of three, without anything that the writer can use."""
-
-    def __init__(self, until: int = 10) -> None:
-        super().__init__()
-        self.until, self.given = until, 0
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(range(10), batch_size=3, collate_fn=self.collate)  # type: ignore[arg-type]
-
-    def collate(self, numbers: list[int]) -> Tensor:
-        self.given += 1
-        if numbers[-1] >= self.until:
-            raise Stop
-        return torch.tensor(numbers)
-
-
-class Known(Numbers):
-    """The same, that can begin amid them and has names."""
-
-    predict_from = 0
-    sample_kind = "number"
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        rest = range(3 * self.predict_from, 10)
-        return DataLoader(rest, batch_size=3, collate_fn=self.collate)  # type: ignore[arg-type]
-
-    def sample_names(self, split: str) -> Any:
-        return lambda index: f"no. {index}"
-
-    def fingerprint(self, split: str) -> str:
-        return "ten numbers"
-
-    def left_out(self, split: str) -> Iterator[tuple[str, str]]:
-        yield "no. 10", "too large"
-
-
-def predict(data: LightningDataModule, **options: Any) -> None:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    writer = PredictionWriter("out.csv")
-    trainer = Trainer(accelerator="cpu", callbacks=[writer], **quiet, **options)
-    trainer.predict(Doubling(), datamodule=data, return_predictions=False)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("kind", [Numbers, Known])
-def test_any_data_module_goes_on_after_an_end(own_folder: Path, kind: type[Numbers]) -> None:
-    predict(kind())
-    expected = Path("out.csv").read_bytes()
-    assert len(expected.splitlines()) == 11
-    Path("out.csv").unlink()
-    with pytest.raises(Stop):
-        predict(kind(until=6))
-    assert [record["batch"] for record in records(Path("out.csv.parts/rank0.0.jsonl"))] == [0, 1]
-    data = kind()
-    predict(data)
-    assert Path("out.csv").read_bytes() == expected and not Path("out.csv.parts").exists()
-    assert data.given == (2 if kind is Known else 4)
-    assert Path("out.unreadable.csv").exists() == (kind is Known)
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_all_done_and_not_merged(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("callbacks.predictions.merge_parts", lambda *_: (_ for _ in ()).throw(Stop()))
-        predict(Known())
-    data = Known()
-    predict(data)
-    assert data.given == 0 and len(Path("out.csv").read_text().splitlines()) == 11
-
-
-def test_a_strangers_predictions_without_an_index_are_told_what_is_missing() -> None:
-    class Plain(Net):
-        def predict_step(self, batch: Any, batch_idx: int) -> Any:
-            return self(batch[0])
-
-    with pytest.raises(ValueError, match="needs a dictionary with `index`.*from Plain.predict_step; received Tensor"):
-        quiet(callbacks=[PredictionWriter("it.csv")]).predict(Plain(), data(8))
