@@ -190,10 +190,6 @@ class MultiTask(RecipeModule):
             for (name, values), centre, spread in scales
         }
 
-    def embed(self, batch: Batch) -> Tensor:
-        """The trunk's features, `(batch, width)`."""
-        return self.trunk(batch)[0]  # type: ignore[no-any-return]
-
     def setup(self, stage: str) -> None:
         """The data say how many of each label there are, and how numbers are spread."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -302,7 +298,8 @@ class MultiTask(RecipeModule):
             if given is not None:
                 self.metrics[split][name].update(*given)  # type: ignore[index, operator]
                 self.losses[split][name].update(loss, count)  # type: ignore[index, operator]
-        return {"outputs": found, "labels": batch["labels"], "index": batch["index"]}
+        told = {name: {"logits": values, "label": batch["labels"][name]} for name, values in found.items()}
+        return {"tasks": told, "index": batch["index"]}
 
     def _log_metrics(self, split: str) -> None:
         """Each task's metrics, and the score that is the mean of one of each."""

@@ -16,10 +16,17 @@ from lightning.pytorch import __version__ as lightning_version
 from torch import Tensor, nn
 
 from . import facts
-from .evaluation import evaluation, label_evaluation, score_evaluation
 from .facts import number_or_none, warn_on_error
-from .gallery import furthest, gallery, start_accuracy
-from .outputs import Outputs, Predictions, find_outputs, gather_outputs, load_predictions, save_predictions
+from .gallery import section, start_accuracy
+from .outputs import (
+    Outputs,
+    Predictions,
+    find_outputs,
+    gather_names,
+    gather_outputs,
+    load_predictions,
+    save_predictions,
+)
 from .page import show_in_tensorboard, write_page
 
 log = logging.getLogger(__name__)
@@ -72,8 +79,8 @@ class Report(Callback):
             "points": [], "rates": [], "every": {"points": 1, "rates": 1}, "validations": [], "groups": [],
             "phases": [], "start": {}, "seconds": 0.0, "samples": 0, "best": None, "trained": None,
         }  # fmt: skip
-        self._parts: list[Outputs] = []
-        self._newest: Predictions | None = None
+        self._parts: dict[str, list[Outputs]] = {}  # by task; of one without a name, its is empty
+        self._newest: dict[str, Predictions] = {}
         self._output: Tensor | None = None
         self._last: Tensor | None = None
         self._groups: dict[str, tuple[list[nn.Parameter], dict[str, Any]]] = {}
@@ -92,7 +99,8 @@ class Report(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the features before the fit."""
         if trainer.global_step == 0 and trainer.is_global_zero and not self._idle:
-            self._best_file.unlink(missing_ok=True)  # an earlier run's
+            for file in (self._place / "predictions").glob("val*.safetensors"):  # an earlier run's
+                file.unlink()
             with warn_on_error("the accuracy before the fit"):
                 self.progress["start"] = start_accuracy(trainer, pl_module, self.start_samples)
         self._since = time.monotonic()
@@ -148,7 +156,7 @@ class Report(Callback):
         if trainer.is_global_zero:
             best = self.progress["best"]
             now = best is not None and best["step"] == trainer.global_step  # the weights are those of the best epoch
-            self._write(trainer, pl_module, "val", self._best_predictions() or self._newest, explained=now)
+            self._write(trainer, pl_module, "val", self._best_predictions(self._newest), explained=now)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the report of a fit that is stopped by hand or by its cluster."""
@@ -168,7 +176,7 @@ class Report(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect from here on; validation's time is not training's."""
         self._stop_clock()
-        self._parts = []
+        self._parts = {}
         self._hook = self._hook or pl_module.register_forward_hook(self._keep_output)
 
     on_test_start = on_validation_start
@@ -189,10 +197,16 @@ class Report(Callback):
     ) -> None:
         """Collect a batch."""
         known = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
-        found = find_outputs(outputs, batch, self._output, known)
+        tasks = outputs.get("tasks") if isinstance(outputs, Mapping) else None
+        found = (
+            {"": find_outputs(outputs, batch, self._output, known)}
+            if tasks is None
+            else {name: find_outputs({**one, "index": outputs.get("index")}, None, None) for name, one in tasks.items()}
+        )
         self._output = None
-        if found is not None and not trainer.sanity_checking and dataloader_idx == 0:
-            self._parts.append(found)
+        for name, part in found.items():
+            if part is not None and not trainer.sanity_checking and dataloader_idx == 0:
+                self._parts.setdefault(name, []).append(part)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -212,9 +226,10 @@ class Report(Callback):
         score, best = metrics.get(monitor or ""), self.progress["best"]
         if best is None or facts.is_better(score, best["score"], mode):
             self.progress["best"] = {"monitor": monitor, "mode": mode, "score": score, **validation}
-            if found is not None and not self._idle:
+            if not self._idle:
                 with warn_on_error("the validation's predictions"):
-                    save_predictions(self._best_file, found, trainer.global_step)
+                    for name, one in found.items():
+                        save_predictions(self._file("val", name), one, trainer.global_step)
         self._newest = found
         self._since = time.monotonic()
 
@@ -225,7 +240,7 @@ class Report(Callback):
         split = "val" if isinstance(splits, Mapping) and "val" in splits and "test" not in splits else "test"
         found = self._gathered(trainer, split)
         if trainer.is_global_zero:
-            held_out = self._best_predictions() if split == "test" else None
+            held_out = self._best_predictions(dict.fromkeys(found)) if split == "test" else {}
             self._write(trainer, pl_module, split, found, held_out=held_out)
 
     def _unhook(self) -> None:
@@ -233,11 +248,18 @@ class Report(Callback):
             self._hook.remove()
         self._hook = None
 
-    def _gathered(self, trainer: Trainer, split: str) -> Predictions | None:
-        """What all ranks collected, with the samples' names; on the first rank alone."""
-        made, self._parts = gather_outputs(self._parts, trainer.world_size), []
-        if made is None or not trainer.is_global_zero:
-            return None
+    def _gathered(self, trainer: Trainer, split: str) -> dict[str, Predictions]:
+        """What all ranks collected, by task, with the samples' names; on the first rank alone."""
+        found: dict[str, Predictions] = {}
+        for task in gather_names(self._parts, trainer.world_size):
+            made = gather_outputs(self._parts.get(task, []), trainer.world_size)
+            if made is not None and trainer.is_global_zero:
+                one = self._named(trainer, split, made, task)
+                found |= {task: one} if one is not None else {}
+        self._parts = {}
+        return found
+
+    def _named(self, trainer: Trainer, split: str, made: Outputs, task: str) -> Predictions | None:
         data: Any = getattr(trainer, "datamodule", None)
         names: list[str] = []
         if callable(getattr(data, "sample_names", None)) and len(made[2]) and int(made[2].min()) >= 0:
@@ -246,19 +268,24 @@ class Report(Callback):
                 names = [str(name(row)) for row in made[2].tolist()]
         found = Predictions(*made, names)
         yes_or_no = found.kind == "scores" and bool(torch.isin(found.labels, torch.tensor([0.0, 1.0])).all())
-        if yes_or_no and getattr(trainer.lightning_module, "problem_type", None) != "regression":
+        if yes_or_no and not task and getattr(trainer.lightning_module, "problem_type", None) != "regression":
             log.info("report: labels are 0 and 1 and there is one output: it may be a score or a logit")
             return None
         return found
 
-    @property
-    def _best_file(self) -> Path:
-        return self._place / "predictions" / "val.safetensors"
+    def _file(self, split: str, task: str) -> Path:
+        return self._place / "predictions" / f"{split}{f'.{task}' if task else ''}.safetensors"
 
-    def _best_predictions(self) -> Predictions | None:
-        """The validation's predictions at this fit's best epoch."""
+    def _best_predictions(self, newest: Mapping[str, Predictions | None]) -> dict[str, Predictions]:
+        """The validation's predictions at this fit's best epoch, by task; the newest where there are none."""
         best = self.progress["best"]
-        return load_predictions(self._best_file, best["step"]) if best and self._best_file.is_file() else None
+        found: dict[str, Predictions] = {}
+        for task, one in newest.items():
+            file = self._file("val", task)
+            kept = (load_predictions(file, best["step"]) if best and file.is_file() else None) or one
+            if kept is not None:
+                found[task] = kept
+        return found
 
     # Writing
 
@@ -267,9 +294,9 @@ class Report(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         split: str,
-        found: Predictions | None,
+        found: dict[str, Predictions],
         *,
-        held_out: Predictions | None = None,
+        held_out: Mapping[str, Predictions] | None = None,
         explained: bool = True,
     ) -> None:
         """Write the page; an error in it costs the page, or a part of it, and never the run."""
@@ -280,25 +307,46 @@ class Report(Callback):
             data: Any = getattr(trainer, "datamodule", None)
             config = self._place / "config.yaml"  # where LightningCLI writes one
             best, start, described = self.progress["best"], self.progress["start"], facts.describe_data(data)
+            metrics = best["metrics"] if fitted and best else facts.logged_metrics(trainer)
+            chose = split == "val" and bool(best and best["monitor"])
+            described["without_numbers"] = 0
+            parts: dict[str, dict[str, Any]] = {}
+            for task, one in found.items():
+                finite = one.logits.isfinite().all(1)
+                described["without_numbers"] += int((~finite).sum())
+                one = one.part(finite)
+                if not fitted:
+                    save_predictions(self._file(split, task), one, None)
+                other = (held_out or {}).get(task)
+                given = None if other is None else (other.logits, other.labels)
+                parts[task] = {
+                    "class_names": facts.names_of_classes(data, one, task),
+                    "split": split,
+                    "chose": chose,
+                    "start": start.get(split) if start.get("digest") == described["digest"] and not task else None,
+                    "metrics": {name: value for name, value in metrics.items() if not task or f"/{task}/" in name},
+                    **section(
+                        trainer, pl_module, split, one, self.shown, held_out=given, explained=explained, task=task
+                    ),
+                }
+            own = parts.pop("", None) or {
+                "class_names": [] if parts else facts.names_of_classes(data, None),
+                "split": split,
+                "chose": chose,
+                "start": None,
+                "metrics": metrics,
+                **section(trainer, pl_module, split, None, 0),
+            }
             report: dict[str, Any] = {
                 "version": VERSION,
                 "title": self.facts.get("title", type(pl_module).__name__),
                 "facts": {k: facts.runnable_commands(v) if k == "commands" else v for k, v in self.facts.items()},
                 "config": config.read_text(encoding="utf-8") if config.is_file() else None,
-                "class_names": facts.names_of_classes(data, found),
-                "split": split,
-                "chose": split == "val" and bool(best and best["monitor"]),
-                "evaluation": None,
-                "labels": None,
-                "scores": None,
-                "start": start.get(split) if start.get("digest") == described["digest"] else None,
-                "metrics": best["metrics"] if fitted and best else facts.logged_metrics(trainer),
+                **own,
+                "tasks": parts,
                 "curves": {key: self.progress[key] for key in ("points", "validations", "rates", "groups")},
                 "phases": self.progress["phases"],
                 "best": best,
-                "mistakes": [],
-                "uncertain": [],
-                "furthest": [],
                 "data": described,
                 "cost": self._cost(trainer, pl_module),
                 "versions": {
@@ -307,23 +355,6 @@ class Report(Callback):
                     "lightning": lightning_version,
                 },
             }
-            if found is not None:
-                finite = found.logits.isfinite().all(1)
-                report["data"]["without_numbers"] = int((~finite).sum())
-                found = found.part(finite)
-                if not fitted:
-                    save_predictions(self._place / "predictions" / f"{split}.safetensors", found, None)
-            if found is not None and len(found.labels):
-                other = None if held_out is None else (held_out.logits, held_out.labels)
-                if found.kind == "classes":
-                    report["evaluation"] = evaluation(found.logits, found.labels, held_out=other)
-                    report |= gallery(trainer, pl_module, split, found, self.shown, explained=explained)
-                elif found.kind == "labels":
-                    report["labels"] = label_evaluation(found.logits, found.labels, held_out=other)
-                else:
-                    scores = found.logits[:, 0]
-                    report["scores"] = score_evaluation(scores, found.labels, mean=facts.training_mean(data))
-                    report["furthest"] = furthest(found, scores, self.shown)
             report = facts.as_json(report)
             write_page(report, self._place)
             with warn_on_error("TensorBoard's figures"):

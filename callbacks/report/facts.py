@@ -76,11 +76,18 @@ def as_json(value: Any) -> Any:
     return number_or_none(value) if isinstance(value, float) else value
 
 
-def names_of_classes(data: Any, found: Predictions | None) -> list[str]:
-    """The data module's, if there are as many as the net has outputs; else numbers; for scores none."""
+def names_of_classes(data: Any, found: Predictions | None, task: str = "") -> list[str]:
+    """The data module's, if there are as many as the net has outputs; else numbers; for scores none.
+
+    Args:
+        data: The data module.
+        found: What was predicted.
+        task: Of several, whose names `data.tasks[task].class_names` are.
+    """
     if found is not None and found.kind == "scores":
         return []
-    names, wanted = getattr(data, "class_names", None), None if found is None else found.logits.shape[1]
+    source = getattr(data, "tasks", {}).get(task) if task else data
+    names, wanted = getattr(source, "class_names", None), None if found is None else found.logits.shape[1]
     if isinstance(names, Sequence) and not isinstance(names, str) and wanted in (None, len(names)):
         return [str(name) for name in names]
     return [str(number) for number in range(wanted or 0)]
@@ -105,8 +112,10 @@ def sample_name(found: Predictions, place: int) -> str:
     return found.names[place] if found.names else f"sample {row if row >= 0 else place}"
 
 
-def training_mean(data: Any) -> float | None:
-    """Mean of the training scores, where the data module has them at hand."""
+def training_mean(data: Any, task: str = "") -> float | None:
+    """Mean of the training scores, of several tasks of the one that is named, where the data module has it at hand."""
+    if task:
+        return number_or_none(getattr(data, "label_facts", {}).get(task, {}).get("mean"))
     splits = getattr(data, "splits", None)
     labels = getattr(splits.get("train"), "labels", None) if isinstance(splits, Mapping) else None
     if not isinstance(labels, Tensor) or labels.ndim != 1 or not labels.is_floating_point():

@@ -9,8 +9,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from .evaluation import class_centres, nearest_centre
-from .facts import balanced_subset, describe_data, preserve_state, sample_name, shortened, warn_on_error
+from .evaluation import class_centres, evaluation, label_evaluation, nearest_centre, score_evaluation
+from .facts import (
+    balanced_subset,
+    describe_data,
+    preserve_state,
+    sample_name,
+    shortened,
+    training_mean,
+    warn_on_error,
+)
 from .figures import as_uri
 from .outputs import Predictions
 
@@ -90,6 +98,44 @@ def gallery(
                 for item, more in zip(out[kind], illustrate(trainer, pl_module, split, rows, classes), strict=True):
                     item |= more
     return out
+
+
+def section(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    split: str,
+    found: Predictions | None,
+    shown: int,
+    *,
+    held_out: tuple[Tensor, Tensor] | None = None,
+    explained: bool = True,
+    task: str = "",
+) -> dict[str, Any]:
+    """What a report says of one task's predictions; of none, that there is nothing to say.
+
+    Args:
+        trainer: Of the run.
+        pl_module: Its module.
+        split: Whose samples were predicted.
+        found: The predictions.
+        shown: How many mistakes, and how many uncertain answers.
+        held_out: Logits and labels of others, for the temperature and the thresholds.
+        explained: Whether the weights are those of these predictions, so that they can be asked what these depend on.
+        task: Its name, of several.
+    """
+    out: dict[str, Any] = {"evaluation": None, "labels": None, "scores": None}
+    out |= {"mistakes": [], "uncertain": [], "furthest": []}
+    if found is None or not len(found.labels):
+        return out
+    if found.kind == "classes":
+        out["evaluation"] = evaluation(found.logits, found.labels, held_out=held_out)
+        return out | gallery(trainer, pl_module, split, found, shown, explained=explained)
+    if found.kind == "labels":
+        return out | {"labels": label_evaluation(found.logits, found.labels, held_out=held_out)}
+    scores = found.logits[:, 0]
+    mean = training_mean(getattr(trainer, "datamodule", None), task)
+    out["scores"] = score_evaluation(scores, found.labels, mean=mean)
+    return out | {"furthest": furthest(found, scores, shown)}
 
 
 def furthest(found: Predictions, scores: Tensor, shown: int) -> list[dict[str, Any]]:

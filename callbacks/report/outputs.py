@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -78,6 +78,15 @@ def find_outputs(outputs: Any, batch: Any, output: Tensor | None, classes: int |
     if not isinstance(rows, Tensor) or rows.shape != labels.shape[:1] or rows.is_floating_point():
         rows = torch.full((len(labels),), -1, device=labels.device)
     return logits[known].detach().float().cpu(), labels[known].cpu(), rows[known].long().cpu()
+
+
+def gather_names(mine: Iterable[str], ranks: int) -> list[str]:
+    """The names that any rank has, in one order."""
+    everyone: list[Any] = [sorted(mine)]
+    if ranks > 1:
+        everyone = [None] * ranks
+        torch.distributed.all_gather_object(everyone, sorted(mine))
+    return sorted({name for names in everyone for name in names})
 
 
 def gather_outputs(parts: Sequence[Outputs], ranks: int) -> Outputs | None:

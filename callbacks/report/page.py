@@ -15,6 +15,8 @@ dark; each has its numbers beside it in words. The page is a function of `report
     labels       of `label_evaluation`, for several labels: F1 with intervals, scores and curves per label
     scores       of `score_evaluation`, for scores: rank correlation and errors with intervals, points
     start        accuracy of the nearest class centre on the features before the fit, and on how many samples
+    tasks        of several tasks each one's class_names, split, chose, evaluation, labels, scores, start, metrics,
+                 mistakes, uncertain and furthest, by its name; what is about one task is null above
     metrics      every number that the module logged for that split
     curves       points {step, loss}; validations {step, epoch, metrics}; rates {step, lr per group}; groups
     phases       {step, open: groups that train from there on}
@@ -58,18 +60,30 @@ def render(report: Mapping[str, Any]) -> str:
         report=report,
         verdict=verdict(report),
         figures=figures([report]),
-        matrix=svg(confusion_figure(report)) if report["evaluation"] else None,
-        reliability=svg(reliability_figure(report)) if report["evaluation"] else None,
-        class_rows=class_rows(report) if report["evaluation"] else [],
-        labels=report.get("labels"),
-        label_rows=label_rows(report),
-        thresholds=svg(threshold_figure(report)) if report.get("labels") else None,
-        scores=report.get("scores"),
-        scatter=svg(score_figure(report)) if report.get("scores") else None,
-        residuals=svg(score_figure(report, errors=True)) if report.get("scores") else None,
-        pairs=pairs(report),
+        **details(report),
+        tasks=[
+            {"name": name, "part": part, "verdict": verdict(part), **details(part)}
+            for name, part in (report.get("tasks") or {}).items()
+        ],
         phases=phases(report),
     )
+
+
+def details(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures and tables of a report, or of one of its tasks."""
+    classes, labels, scores = part["evaluation"], part.get("labels"), part.get("scores")
+    return {
+        "matrix": svg(confusion_figure(part)) if classes else None,
+        "reliability": svg(reliability_figure(part)) if classes else None,
+        "class_rows": class_rows(part) if classes else [],
+        "labels": labels,
+        "label_rows": label_rows(part),
+        "thresholds": svg(threshold_figure(part)) if labels else None,
+        "scores": scores,
+        "scatter": svg(score_figure(part)) if scores else None,
+        "residuals": svg(score_figure(part, errors=True)) if scores else None,
+        "pairs": pairs(part),
+    }
 
 
 @functools.cache

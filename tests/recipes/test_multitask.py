@@ -211,6 +211,15 @@ def test_the_command_from_a_config_to_predictions(own_folder: Path) -> None:
     logged = (cli.folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/shape/gradient", "train/cosine/shape_size", "val/score", "train/outline/loss_epoch"} <= set(logged)
     best = cli.folder / "checkpoints" / "best.ckpt"
+    report = json.loads((cli.folder / "report.json").read_text())
+    assert list(report["tasks"]) == ["colours", "shape", "size"] and report["evaluation"] is None
+    assert report["tasks"]["shape"]["evaluation"]["accuracy"]["value"] == pytest.approx(metrics["test/shape/accuracy"])
+    assert report["tasks"]["shape"]["class_names"] == list(cli.datamodule.tasks["shape"].class_names)
+    assert report["tasks"]["size"]["scores"]["mse"]["value"] == pytest.approx(metrics["test/size/mse"], rel=1e-4)
+    assert report["tasks"]["colours"]["labels"]["f1"]["value"] == pytest.approx(metrics["test/colours/f1"], abs=1e-4)
+    assert "test/outline/iou" in report["metrics"] and "test/size/mse" in report["tasks"]["size"]["metrics"]
+    page = (cli.folder / "report.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in report["tasks"]) and "40 test samples" in page
     known = load_checkpoint(best)
     assert known["recipe"]["name"] == "multitask" and "trunk.net.net.conv1.weight" in known["state_dict"]
     main(["predict", "--ckpt_path", str(best), "--predictions=out.csv", *QUICK[-2:]])

@@ -291,7 +291,7 @@ def test_whatever_a_strangers_data_module_is(odd: dict[str, Any], own_folder: Pa
     "broken",
     [
         "callbacks.report.page.render",
-        "callbacks.report.callback.evaluation",
+        "callbacks.report.gallery.evaluation",
         "callbacks.report.callback.save_predictions",
     ],
 )

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from callbacks import Report
-from callbacks.report.gallery import furthest
+from callbacks.report.gallery import furthest, section
 from callbacks.report.outputs import Predictions
 from datamodules import Digits
 from recipes.text import main as text
 from recipes.vision import VisionClassifier
 from recipes.vision import main as vision
 from tests.callbacks.report.conftest import QUICK, check_page, read
-from tests.nets import quiet
+from tests.nets import Net, quiet
 
 
 @pytest.mark.slow
@@ -69,3 +69,10 @@ def test_the_furthest_scores_have_short_names() -> None:
     first, second = furthest(found, scores, 2)
     assert first == {"name": 500 * "b", "label": 2.0, "predicted": -2.0}
     assert second == {"name": "a.csv", "label": 1.0, "predicted": 1.5}
+
+
+def test_of_nothing_there_is_nothing_to_say() -> None:
+    empty = Predictions(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), [])
+    for found in (None, empty):
+        said = section(quiet(), Net(), "val", found, 5)
+        assert said["evaluation"] is said["labels"] is said["scores"] is None and not said["mistakes"]

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks.report.outputs import Predictions, find_outputs, gather_outputs, load_predictions, save_predictions
+from callbacks.report.outputs import (
+    Predictions,
+    find_outputs,
+    gather_names,
+    gather_outputs,
+    load_predictions,
+    save_predictions,
+)
 from tests.callbacks.report.conftest import loaded
 
 
@@ -62,3 +69,7 @@ def test_an_output_of_another_width_is_no_logits() -> None:
     batch = (torch.zeros(2, 5), torch.tensor([1, 0]))
     assert find_outputs(None, batch, torch.zeros(2, 16), classes=3) is None
     assert find_outputs(None, batch, torch.zeros(2, 3), classes=3) is not None
+
+
+def test_names_of_one_rank_in_order() -> None:
+    assert gather_names({"b": 1, "a": 2}, 1) == ["a", "b"]
