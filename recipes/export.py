@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import text, vision  # noqa: F401  whose checkpoints are exported
+from . import multitask, text, vision  # noqa: F401  whose checkpoints are exported
 from .cli import early
 from .cli.screen import configure_logging, filter_warnings
 from .deploy.check import check, sentence
@@ -55,7 +55,7 @@ def export(
     """Write a checkpoint in a form, check it, and only then give the folder its name.
 
     Args:
-        checkpoint: Of `recipes.vision` or `recipes.text`.
+        checkpoint: Of `recipes.vision`, `recipes.text` or `recipes.multitask`.
         form: One of `FORMATS`.
         out: The folder; by default `<checkpoint>_<form>` in the run's folder, or beside a checkpoint without one.
         given: Samples to check on: a folder of images or a file with a text a line. By default those of the run's
@@ -100,17 +100,25 @@ def export(
 
 def readme(restored: Restored, facts: dict[str, Any], lines: str, name: str) -> str:
     """What the export is, and the lines that use it."""
-    if restored.recipe == "vision":
+    if restored.reads == "vision":
         before = f'folder, files = ".", ["image.jpg"]\n{IMAGES}'
     else:
         pair = '[("a text", "a second one")]' if restored.pairs else '["a text"]'
         before = f"texts = {pair}\n"
-    classes = ", ".join(restored.class_names[:20]) + (" ..." if len(restored.class_names) > 20 else "")
     return (
-        f"# {name}\n\nClasses: {classes}\n\nWhat goes in:\n\n```python\n{before}```\n\n"
+        f"# {name}\n\n{learnt(restored)}\n\nWhat goes in:\n\n```python\n{before}```\n\n"
         f'What comes out:\n\n```python\nfolder = "."  # this one\n{lines}```\n\n'
         f"Checked: {sentence(facts['check'])}. `facts.json` holds the rest.\n"
     )
+
+
+def learnt(restored: Restored) -> str:
+    """What the model tells, for a person."""
+    told = []
+    for task, names in [(t, one["class_names"]) for t, one in restored.tasks.items()] or [("", restored.class_names)]:
+        classes = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+        told.append(f"{task or 'Classes'}: {classes or 'a number'}")
+    return "\n\n".join(told)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ where its length is not told; an image of too many pixels, before it is decoded.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import signal
@@ -39,7 +40,9 @@ except ImportError:
 import torch
 from torch import Tensor
 
-from . import text, vision  # noqa: F401  whose checkpoints are served
+from callbacks.predictions.columns import grey_png
+
+from . import multitask, text, vision  # noqa: F401  whose checkpoints are served
 from .cli.screen import filter_warnings
 from .deploy.graphs import PROBABILITIES
 from .deploy.requests import MEGABYTE, Intake
@@ -71,7 +74,7 @@ class Answers(litserve.LitAPI):  # type: ignore[misc]
     """The process with the model.
 
     Args:
-        checkpoint: Of `recipes.vision` or `recipes.text`.
+        checkpoint: Of `recipes.vision`, `recipes.text` or `recipes.multitask`.
         max_batch_size: Requests that are answered together.
         batch_timeout: Seconds that the first of them waits for others.
         base: Where the weights are that a checkpoint of adapters leaves out; where they were in training if not given.
@@ -93,13 +96,17 @@ class Answers(litserve.LitAPI):  # type: ignore[misc]
 
     def batch(self, inputs: Sequence[Any]) -> Any:
         """Images in [0, 1], `(batch, 3, size, size)`, or a list of texts."""
-        if self.restored.recipe == "text":
+        if self.restored.reads == "text":
             return list(inputs)
         return torch.stack([torch.from_numpy(image) for image in inputs]).float() / 255
 
     def predict(self, samples: Any) -> list[dict[str, Any]]:
         """An answer for each."""
-        return answers(self.restored.logits(samples), self.restored.class_names, self.restored.problem_type)
+        told, tasks = self.restored.outputs(samples), self.restored.tasks
+        if not tasks:
+            return answers(told["logits"], self.restored.class_names, self.restored.problem_type)
+        columns = {name: task_answers(told[name], **task) for name, task in tasks.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """They are one by one already."""
@@ -120,15 +127,28 @@ def answers(logits: Tensor, class_names: Sequence[str], problem_type: str) -> li
     ]
 
 
+def task_answers(outputs: Tensor, kind: str, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """One of several tasks' outputs in words; a mask as a grey PNG, base64, whose values are the classes' numbers."""
+    if kind == "segmentation":
+        masks = outputs.argmax(1).to(torch.uint8)
+        return [{"mask": base64.b64encode(grey_png(mask)).decode(), "classes": list(class_names)} for mask in masks]
+    if kind == "regression":
+        return [{"number": number} for number in outputs[:, 0].tolist()]
+    problem = "multi_label_classification" if kind == "multi_label" else "single_label_classification"
+    return answers(outputs, class_names, problem)
+
+
 def usage(restored: Restored, address: str) -> str:
     """What a person reads who opens the server's first page."""
-    if restored.recipe == "vision":
+    if restored.reads == "vision":
         asked = f"curl --data-binary @image.jpg {address}/predict"
     else:
         body = json.dumps({"text": "...", "pair": "..."} if restored.pairs else {"text": "..."})
         asked = f"curl -H 'Content-Type: application/json' -d '{body}' {address}/predict"
     known = f"{len(restored.class_names)} classes: {', '.join(restored.class_names[:10])}"
     learnt = "a score" if restored.problem_type == "regression" else known
+    if restored.tasks:
+        learnt = f"{len(restored.tasks)} tasks: {', '.join(restored.tasks)}"
     return f"{restored.recipe}, {learnt}\n\n    {asked}\n\nGET /health says whether it is ready.\n"
 
 
@@ -186,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         address = f"http://{arguments.host}:{arguments.port}"
         first = PlainTextResponse(usage(restored, address))
         server.app.router.routes.insert(0, Route("/", lambda request: first))  # before LitServe's own
-        print(f"{address}/predict answers with {', '.join(restored.class_names[:10])}")
+        print(f"{address}/predict answers with {', '.join(list(restored.tasks) or restored.class_names[:10])}")
         server.run(host=arguments.host, port=arguments.port, log_level="warning", generate_client_file=False)
     except (ValueError, OSError) as error:
         early.stop(str(error))

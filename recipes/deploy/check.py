@@ -24,16 +24,17 @@ def check(restored: Restored, samples: Any, lines: str, folder: Path) -> dict[st
     """Run the lines of the README, and compare their logits with the checkpoint's.
 
     Returns:
-        The largest difference, and the share of samples with the same answer: the most probable class, or each
-        label's yes or no. Answers between which the checkpoint itself wavers by less than the tolerance are ignored.
+        Of all outputs the largest difference, and the share of samples with the same answer: the most probable class,
+        or each label's yes or no. Answers between which the checkpoint itself wavers by less than the tolerance are
+        ignored.
 
     Raises:
         ValueError: It does not run; another answer, or a difference above the tolerance.
     """
-    expected = restored.logits(samples)
-    if restored.recipe == "vision":
+    expected = restored.outputs(samples)
+    if restored.reads == "vision":
         check_reading(folder, restored.image_size)
-    given = {"images": samples.numpy()} if restored.recipe == "vision" else {"texts": samples}
+    given = {"images": samples.numpy()} if restored.reads == "vision" else {"texts": samples}
     found = {"folder": str(folder), **given}
     try:
         with torch.no_grad(), quietly():
@@ -43,7 +44,25 @@ def check(restored: Restored, samples: Any, lines: str, folder: Path) -> dict[st
         raise ValueError(
             f"what was written cannot be loaded by other programs, so it is gone again: {reason}"
         ) from error
-    return compare(expected, torch.as_tensor(found["logits"]), restored.problem_type)
+    told = found["outputs"] if restored.tasks else found
+    each = [
+        compare(by_pixel(expected[name]), by_pixel(torch.as_tensor(told[name])), problem)
+        for name, problem in problems_of(restored).items()
+    ]
+    most = {key: max(one[key] for one in each) for key in ("largest_difference", "tolerance")}
+    return {**most, "agreement": min(one["agreement"] for one in each)}
+
+
+def problems_of(restored: Restored) -> dict[str, str]:
+    """Each output's problem, in transformers' words."""
+    kinds = {"multi_label": "multi_label_classification", "regression": "regression"}
+    several = {name: kinds.get(task["kind"], "single_label_classification") for name, task in restored.tasks.items()}
+    return several or {"logits": restored.problem_type}
+
+
+def by_pixel(logits: Tensor) -> Tensor:
+    """Logits `(n, classes)`; of a mask, `(n, classes, height, width)`, each pixel is a sample."""
+    return logits.movedim(1, -1).flatten(0, -2) if logits.ndim == 4 else logits
 
 
 def check_reading(folder: Path, size: int) -> None:

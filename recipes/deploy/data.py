@@ -35,7 +35,7 @@ def data_for(restored: Restored, config: str | None = None) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     data: Any = parser.instantiate_classes(parser.parse_object({"data": content["data"]})).data
-    if restored.recipe == "vision":
+    if restored.reads == "vision":
         data.image_size = restored.image_size
     else:
         data.tokenizer = restored.tokenizer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..parts.backbones import small_resnet
 from ..parts.checkpoints import write_for_transformers
-from .graphs import ImageGraph, TokenGraph
+from .graphs import ImageGraph, ImageTasksGraph, TokenGraph, TokenTasksGraph
 from .restored import Restored
 from .snippets import PIXELS
 
@@ -29,31 +29,35 @@ def facts_of(restored: Restored, checkpoint: Path, form: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "recipe": restored.recipe,
         "format": form,
-        "class_names": restored.class_names,
-        "problem_type": restored.problem_type,
+        **(
+            {"tasks": restored.tasks}
+            if restored.tasks
+            else {"class_names": restored.class_names, "problem_type": restored.problem_type}
+        ),
         "checkpoint": checkpoint.name,
         "versions": {"finetuning-recipes": __version__, "torch": str(torch.__version__)},
     }
     model = restored.model
-    if restored.recipe == "vision":
-        size = restored.image_size
+    if restored.reads == "vision":
+        size, normalised = restored.image_size, model.trunk if restored.tasks else model
         return facts | {
-            "architecture": {"backbone": model.backbone.name, "head": str(model.hparams["head"])},
+            "architecture": {"backbone": restored.net.name, "head": str(model.hparams.get("head", "one a task"))},
             "preprocessing": {
                 "colour": "RGB, upright, on white, in [0, 1]; 16 bits as 8",
                 "size": size,
                 "shorter_side": shorter_side(size),
                 "resize": "bilinear; to `shorter_side` where that of the image is above `size`, else to `size`",
                 "crop": "the middle",
-                "mean": model.mean.flatten().tolist(),
-                "std": model.std.flatten().tolist(),
+                "mean": normalised.mean.flatten().tolist(),
+                "std": normalised.std.flatten().tolist(),
                 "normalised_inside": form in ("torch", "onnx"),
             },
         }
-    encoder = named(model.net.config, restored.class_names).to_dict()
+    config = restored.net.config
+    encoder = (config if restored.tasks else named(config, restored.class_names)).to_dict()
     return facts | {
         "encoder": {name: value for name, value in encoder.items() if name != "_name_or_path"},
-        "pooling": model.pooling,
+        "pooling": model.trunk.pooling if restored.tasks else model.pooling,
         "preprocessing": {"tokenizer": "tokenizer.json", "max_length": restored.max_length, "pairs": restored.pairs},
     }
 
@@ -77,7 +81,7 @@ def write(restored: Restored, form: str, facts: dict[str, Any], lines: str, fold
         model = restored.model
         write_for_transformers(model.net, model.peft, model.hparams["encoder"], data, folder)
         return
-    if restored.recipe == "text":
+    if restored.reads == "text":
         write_tokenizer(restored, folder / "tokenizer.json")
     else:
         (folder / "pixels.py").write_text(PIXELS.format(size=restored.image_size), encoding="utf-8")
@@ -108,7 +112,7 @@ def write_tokenizer(restored: Restored, file: Path) -> None:
 def plain_weights(restored: Restored) -> dict[str, Tensor]:
     """Weights by the names that the lines of `usage` give them."""
     model = restored.model
-    if restored.recipe == "text":
+    if restored.reads == "text":
         kept = {name: value for name, value in model.state_dict().items() if name.startswith(("net.", "head."))}
     else:
         branches = tuple(f"{path.split('.')[0]}." for path in model.backbone.head[1:])  # for training only
@@ -120,7 +124,10 @@ def plain_weights(restored: Restored) -> dict[str, Tensor]:
 def graph_of(restored: Restored) -> nn.Module:
     """The model as one plain graph, with tensors in their usual layout."""
     model = restored.model
-    if restored.recipe == "text":
+    if restored.tasks:
+        graph: nn.Module = (ImageTasksGraph if restored.reads == "vision" else TokenTasksGraph)(model)
+        return graph.eval().to(memory_format=torch.contiguous_format)
+    if restored.reads == "text":
         head = None if model.pooling == "model" else model.head
         return TokenGraph(model.net, head, model.pooling, restored.problem_type, model.fusion).eval()
     graph = ImageGraph(model.backbone, model.head, model.mean, model.std, model.mirror_at_test)
@@ -130,7 +137,7 @@ def graph_of(restored: Restored) -> nn.Module:
 def program_of(graph: nn.Module, restored: Restored) -> torch.export.ExportedProgram:
     """The graph for any batch, and any length of texts."""
     batch = torch.export.Dim("batch", min=1, max=MOST)
-    if restored.recipe == "vision":
+    if restored.reads == "vision":
         inputs: dict[str, Tensor] = {"images": torch.rand(2, 3, restored.image_size, restored.image_size)}
         free: dict[str, Any] = {"images": {0: batch}}
     else:
@@ -155,7 +162,7 @@ def write_onnx(program: torch.export.ExportedProgram, restored: Restored, facts:
         import onnxscript  # noqa: F401  torch.onnx writes with it
     except ImportError as error:
         raise ImportError('--format onnx needs more packages: pip install "finetuning-recipes[export]"') from error
-    outputs = ["logits"] if restored.problem_type == "regression" else ["logits", "probabilities"]
+    outputs = list(restored.tasks) or ["logits", *(["probabilities"] if restored.problem_type != "regression" else [])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.onnx.*")  # an axis that two inputs share is named once
         exported = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)

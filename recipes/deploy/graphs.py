@@ -51,6 +51,55 @@ class ImageGraph(nn.Module):
         return logits, logits.softmax(1)
 
 
+class TasksGraph(nn.Module):
+    """Images in [0, 1], or tokens, to each task's logits, or its number, in the order of the tasks.
+
+    Args:
+        model: Of `recipes.multitask`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.trunk, self.heads, self.maps, self.kinds = model.trunk, model.heads, model.maps, model.kinds
+        self.register_buffer("centre", model.centre.clone())
+        self.register_buffer("spread", model.spread.clone())
+
+    centre: Tensor
+    spread: Tensor
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, ...]:
+        """Named as the batch's: `image`, or `input_ids`, `attention_mask` and perhaps `token_type_ids`."""
+        features, maps = self.trunk(batch)
+        found = []
+        for place, (name, head) in enumerate(self.heads.items()):
+            if name in self.maps:
+                found.append(head([maps[block] for block in self.maps[name]], batch["image"].shape[2:]))
+            elif self.kinds[name] == "regression":
+                found.append(head(features) * self.spread[place] + self.centre[place])
+            else:
+                found.append(head(features))
+        return tuple(found)
+
+
+class ImageTasksGraph(TasksGraph):
+    """Of images, whose argument is called as in `ImageGraph`."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Images `(batch, 3, size, size)`."""
+        return super().forward(image=images)
+
+
+class TokenTasksGraph(TasksGraph):
+    """Of texts."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Tokens, their mask and types, each `(batch, length)`."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **types)
+
+
 class TokenGraph(nn.Module):
     """Tokens to logits and, unless a score is predicted, probabilities.
 

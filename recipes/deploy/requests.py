@@ -145,8 +145,8 @@ class Intake:
     """
 
     def __init__(self, restored: Restored, limit: int) -> None:
-        self.recipe, self.pairs, self.limit = restored.recipe, restored.pairs, limit
-        self.size = restored.image_size if restored.recipe == "vision" else 0
+        self.recipe, self.pairs, self.limit = restored.reads, restored.pairs, limit
+        self.size = restored.image_size if restored.reads == "vision" else 0
         self.decoders = asyncio.Semaphore(DECODERS)
 
     async def read(self, request: Request) -> Any:

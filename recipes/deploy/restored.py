@@ -13,7 +13,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..training.base import RecipeModule
 
 log = logging.getLogger(__name__)
 
-LOADS = {"vision": "weights", "text": "encoder"}  # recipe -> its argument that names weights to load
+SERVED = ("vision", "text", "multitask")  # whose checkpoints come back to life
 Text = str | tuple[str, str]  # a text, or a pair of them
 READING = inspect.getsource(decoding)  # how evaluation reads an image, to go with an export
 
@@ -39,13 +39,14 @@ class Restored:
     """A classifier and what is needed to use it.
 
     Args:
-        recipe: `vision` or `text`.
+        recipe: `vision`, `text` or `multitask`.
         model: In evaluation mode, on the processor.
-        class_names: In the order of the outputs.
+        class_names: In the order of the outputs; of several tasks those of the data.
         problem_type: One class, several, or a score.
         data: What the data module wrote into the checkpoint.
         run: The folder of the run, if the checkpoint still lies in it.
         tokenizer: Of the texts.
+        tasks: Of several: name -> kind and names of the classes; else empty.
     """
 
     recipe: str
@@ -55,11 +56,17 @@ class Restored:
     data: dict[str, Any]
     run: Path | None
     tokenizer: Any = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> str:
+        """What goes in: `vision` for images, `text` for texts."""
+        return str(self.model.trunk.reads) if self.tasks else self.recipe
 
     @property
     def image_size(self) -> int:
         """Side in pixels of the images."""
-        return int(self.model.backbone.input_size)
+        return int(self.net.input_size)
 
     @property
     def pairs(self) -> bool:
@@ -93,6 +100,8 @@ class Restored:
     @property
     def net(self) -> Any:
         """What was pretrained."""
+        if self.tasks:
+            return self.model.trunk.net
         return self.model.backbone if self.recipe == "vision" else self.model.net
 
     def merge(self) -> None:
@@ -101,9 +110,27 @@ class Restored:
             merge(self.net)
 
     @torch.no_grad()
+    def outputs(self, samples: Any) -> dict[str, Tensor]:
+        """What `predict` sees of images in [0, 1], `(n, 3, size, size)`, or of texts, by task.
+
+        Logits `(n, classes)`, of masks `(n, classes, size, size)`, or numbers `(n, 1)`; of one task `logits` alone.
+        """
+        if not self.tasks:
+            return {"logits": self.logits(samples)}
+        batch = {"image": samples} if self.reads == "vision" else self.tokens(samples)
+        found = self.model({name: values.to(self.model.device) for name, values in batch.items()})
+        return {name: values.float().cpu() for name, values in found.items()}
+
+    @torch.no_grad()
     def logits(self, samples: Any) -> Tensor:
-        """What `predict` sees of images in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32."""
+        """What `predict` sees of images in [0, 1], `(n, 3, size, size)`, or of texts: `(n, classes)`, float32.
+
+        Raises:
+            ValueError: There are several tasks.
+        """
         device = self.model.device
+        if self.tasks:
+            raise ValueError(f"this checkpoint has {len(self.tasks)} tasks, and one is needed here: see recipes.export")
         if self.recipe == "vision":
             logits: Tensor = self.model.final_logits({"image": samples.to(device)})
         else:
@@ -112,7 +139,7 @@ class Restored:
 
 
 def restore(path: str | Path, base: str | None = None) -> Restored:
-    """The classifier of a checkpoint of `recipes.vision` or `recipes.text`.
+    """The classifier of a checkpoint of `recipes.vision`, `recipes.text` or `recipes.multitask`.
 
     Args:
         path: The checkpoint.
@@ -127,26 +154,27 @@ def restore(path: str | Path, base: str | None = None) -> Restored:
     data, run, whole = data_of(checkpoint), run_of_checkpoint(str(path)), is_whole(checkpoint)
     arguments = arguments_of(checkpoint)
     if not whole and base:
-        arguments[LOADS[recipe]] = base
+        arguments[loads(arguments)] = base
     try:
         model, tokenizer = build(recipe, arguments, encoder_files(checkpoint), run, whole=whole)
     except FileNotFoundError as error:
         if whole:
             raise
         raise FileNotFoundError(
-            f"{path} holds only what was trained beside the weights {arguments[LOADS[recipe]]}; say with --base where "
-            f"they are now ({error})"
+            f"{path} holds only what was trained beside the weights {arguments[loads(arguments)]}; say with --base "
+            f"where they are now ({error})"
         ) from error
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return Restored(
         recipe,
         model.eval(),
-        list(data.get("class_names") or map(str, range(arguments["num_classes"]))),
+        list(data.get("class_names") or map(str, range(arguments.get("num_classes", 0)))),
         arguments.get("problem_type", "single_label_classification"),
         data,
         run,
         tokenizer,
+        {name: arguments["tasks"][name] for name in model.kinds} if recipe == "multitask" else {},
     )
 
 
@@ -164,8 +192,9 @@ def start_of(path: str | Path, base: str | None = None) -> dict[str, Tensor]:
     checkpoint = load_checkpoint(path)
     recipe = recipe_of(checkpoint, path)
     arguments = arguments_of(checkpoint) | {"peft": None, "save_base": False}
-    arguments[LOADS[recipe]] = base or arguments[LOADS[recipe]]
-    if arguments[LOADS[recipe]] is None or not arguments.get("pretrained", True):
+    source = loads(arguments)
+    arguments[source] = base or arguments[source]
+    if arguments[source] is None or not arguments.get("pretrained", True):
         raise ValueError(f"{path}: its run began with random weights; give two checkpoints, from one to the other")
     model, _ = build(recipe, arguments, encoder_files(checkpoint), run_of_checkpoint(str(path)), whole=False)
     return dict(model.base.weights())
@@ -178,11 +207,17 @@ def recipe_of(checkpoint: dict[str, Any], path: str | Path) -> str:
         ValueError: It is none whose checkpoints come back to life.
     """
     recipe = checkpoint.get("recipe", {}).get("name")
-    if recipe not in LOADS:
-        raise ValueError(f"{path} is no checkpoint of recipes.vision or recipes.text: it names the recipe {recipe!r}")
+    if recipe not in SERVED:
+        known = "recipes.vision, recipes.text or recipes.multitask"
+        raise ValueError(f"{path} is no checkpoint of {known}: it names the recipe {recipe!r}")
     if recipe not in RecipeModule.known:
         raise ValueError(f"{path} is a checkpoint of recipes.{recipe}: import that first")
     return str(recipe)
+
+
+def loads(arguments: dict[str, Any]) -> str:
+    """The argument that names the weights to load."""
+    return "encoder" if arguments.get("encoder") else "weights"
 
 
 def arguments_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +233,7 @@ def build(
     """The model of these arguments, and its tokenizer if it reads texts.
 
     Args:
-        recipe: `vision` or `text`.
+        recipe: Its name.
         arguments: Of the model.
         files: What the checkpoint holds of the encoder.
         run: The folder of the run.
@@ -207,18 +242,21 @@ def build(
     Raises:
         FileNotFoundError: The weights to load are gone.
     """
-    if recipe == "text":
-        return text_model(arguments, files, run, whole=whole)
-    afresh = {"weights": None, "reinit_blocks": 0} if whole else {}
-    return RecipeModule.known["vision"](**{**arguments, "compile_backbone": False, **afresh}), None
+    kind = RecipeModule.known[recipe]
+    if arguments.get("encoder"):
+        return text_model(kind, arguments, files, run, whole=whole)
+    afresh: dict[str, Any] = {"weights": None, "reinit_blocks": 0} if whole else {}
+    changed = {**afresh, "compile_backbone": False}
+    return kind(**arguments | {name: value for name, value in changed.items() if name in arguments}), None
 
 
 def text_model(
-    arguments: dict[str, Any], files: dict[str, str], run: Path | None, *, whole: bool = True
+    kind: Any, arguments: dict[str, Any], files: dict[str, str], run: Path | None, *, whole: bool = True
 ) -> tuple[Any, Any]:
     """The model of these arguments and its tokenizer, from the checkpoint: the encoder's folder may be gone.
 
     Args:
+        kind: Class of the model.
         arguments: Of the model.
         files: What the checkpoint holds of the encoder: architecture and tokenizer.
         run: The folder of the run, whose tokenizer for transformers is taken where the checkpoint holds none.
@@ -234,7 +272,8 @@ def text_model(
         for name, content in files.items():
             (Path(folder) / name).write_text(content, encoding="utf-8")
         afresh = {"encoder": folder, "pretrained": False, "architecture": None, "reinit_layers": 0} if whole else {}
-        model: Any = RecipeModule.known["text"](**{**arguments, "gradient_checkpointing": False, **afresh})
+        changed = {**afresh, "gradient_checkpointing": False}
+        model: Any = kind(**arguments | {name: value for name, value in changed.items() if name in arguments})
         model.hparams.update(encoder=arguments["encoder"])  # not a folder that is about to go
         source = folder if len(files) > 1 else f"{run}/hf"
         try:

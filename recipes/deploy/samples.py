@@ -51,7 +51,7 @@ def samples_for(restored: Restored, given: Path | None, count: int) -> tuple[Any
     Raises:
         ValueError: What is given cannot be read, or holds none.
     """
-    vision = restored.recipe == "vision"
+    vision = restored.reads == "vision"
     size = restored.image_size if vision else 0
     if given is not None:
         found = given_images(given, size, count) if vision else given_texts(given, count, restored.pairs)

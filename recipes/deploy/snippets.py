@@ -54,6 +54,41 @@ session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
 class_names = json.loads(session.get_modelmeta().custom_metadata_map["facts"])["class_names"]
 """
 
+TORCH_TASKS = """\
+import json
+import numpy as np
+import torch
+{imports}
+facts = {{"facts.json": ""}}
+program = torch.export.load(f"{{folder}}/model.pt2", extra_files=facts).module()
+{inputs}
+tasks = json.loads(facts["facts.json"])["tasks"]
+outputs = dict(zip(tasks, (values.detach() for values in program({arguments}))))
+"""
+
+ONNX_TASKS = """\
+import json
+import numpy as np
+import onnxruntime
+{imports}
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
+{inputs}
+tasks = json.loads(session.get_modelmeta().custom_metadata_map["facts"])["tasks"]
+outputs = dict(zip(tasks, session.run(None, {arguments})))
+"""
+
+ANSWERS = """\
+answers = {}
+for name, task in tasks.items():
+    values, names = np.asarray(outputs[name]), task["class_names"]
+    if task["kind"] == "classification":
+        answers[name] = [names[number] for number in values.argmax(1)]
+    elif task["kind"] == "multi_label":
+        answers[name] = [[label for label, value in zip(names, row) if value > 0] for row in values]
+    else:
+        answers[name] = values[:, 0] if task["kind"] == "regression" else values.argmax(1)
+"""
+
 TOKENS = """\
 encoded = Tokenizer.from_file(f"{{folder}}/tokenizer.json").encode_batch(texts)
 columns = {columns}
@@ -154,13 +189,17 @@ def lines_for(restored: Any, form: str) -> str:
     Raises:
         ValueError: Other libraries have no such model.
     """
+    if restored.tasks and form not in ("torch", "onnx"):
+        raise ValueError(f"{WEIGHTS_ONLY} net of several tasks: take --format torch or onnx, which hold the net, too")
+    if restored.tasks:
+        return graph_lines(restored, form) + ANSWERS
     if form == "hf":
         base = encoder_path(restored.model.hparams["encoder"])
         lines = (ADAPTERS if adapters(restored.net) else TRANSFORMERS).format(
             base=base, max_length=restored.max_length, probabilities=PROBABILITIES[restored.problem_type]
         )
     elif form == "safetensors":
-        lines = plain_images(restored.model) if restored.recipe == "vision" else plain_texts(restored)
+        lines = plain_images(restored.model) if restored.reads == "vision" else plain_texts(restored)
     else:
         lines = graph_lines(restored, form)
     return "\n".join(line for line in (*lines.rstrip().split("\n"), LABELS[restored.problem_type]) if line) + "\n"
@@ -170,11 +209,15 @@ def graph_lines(restored: Any, form: str) -> str:
     """For a graph of torch or ONNX."""
     array = "torch.tensor" if form == "torch" else "np.array"
     outputs = "(logits,)" if restored.problem_type == "regression" else "logits, probabilities"
-    if restored.recipe == "vision":
+    template = (
+        (TORCH if form == "torch" else ONNX) if not restored.tasks else TORCH_TASKS if form == "torch" else ONNX_TASKS
+    )
+    if restored.reads == "vision":
         arguments = "images=torch.from_numpy(images)" if form == "torch" else '{"images": images}'
-        return (TORCH if form == "torch" else ONNX).format(imports="", inputs="", outputs=outputs, arguments=arguments)
-    return (TORCH if form == "torch" else ONNX).format(
-        imports=("" if form == "torch" else "import numpy as np\n") + "from tokenizers import Tokenizer",
+        return template.format(imports="", inputs="", outputs=outputs, arguments=arguments)
+    return template.format(
+        imports=("" if form == "torch" or restored.tasks else "import numpy as np\n")
+        + "from tokenizers import Tokenizer",
         inputs=TOKENS.format(array=array, columns=columns_of(restored)),
         outputs=outputs,
         arguments="**inputs" if form == "torch" else "inputs",

@@ -140,7 +140,10 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "images for transformers": (lambda c: [str(c), "--format=hf"], "needs a text classifier"),
     "no checkpoint": (lambda c: ["none.ckpt", "--format=onnx"], "no checkpoint none.ckpt"),
     "a damaged one": (lambda c: [str(damaged(c)), "--format=onnx"], "cannot be read safely"),
-    "another program's": (lambda c: [str(foreign(c)), "--format=onnx"], "is no checkpoint of recipes.vision or"),
+    "another program's": (
+        lambda c: [str(foreign(c)), "--format=onnx"],
+        "is no checkpoint of recipes.vision, recipes.text or recipes.multitask",
+    ),
     "no samples": (lambda c: [str(c), "--format=safetensors", "--samples=runs"], "holds no image"),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,10 @@ from torch import Tensor
 
 from callbacks import ExactResume, Freeze
 from datamodules import Shapes, TextColumns
+from recipes.deploy.restored import restore
+from recipes.deploy.samples import random_images
+from recipes.deploy.snippets import lines_for
+from recipes.export import export
 from recipes.multitask import MultiTask, main
 from recipes.parts.checkpoints import load_checkpoint
 from recipes.parts.schedules import Constant
@@ -244,6 +250,46 @@ def test_the_command_from_a_config_to_predictions(own_folder: Path) -> None:
     with Image.open(first["outline"]) as mask:
         assert mask.size == (32, 32)
         assert mask.tobytes() == told["outline"][0].argmax(0).to(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_head_is_exported_and_served(form: str, own_folder: Path) -> None:
+    cli = main(["fit", *QUICK, "--trainer.max_epochs=2"])
+    best = cli.folder / "checkpoints" / "best.ckpt"
+    folder = export(best, form)
+    facts = json.loads((folder / "facts.json").read_text())
+    assert list(facts["tasks"]) == ["shape", "size", "colours", "outline"] and facts["check"]["agreement"] == 1
+    restored = restore(best)
+    images = random_images(3, 32)
+    found: dict[str, Any] = {"folder": str(folder), "images": images.numpy()}
+    exec(lines_for(restored, form), found)
+    told = restored.outputs(images)
+    assert found["answers"]["outline"].shape == (3, 32, 32)
+    for place in range(3):
+        assert found["answers"]["shape"][place] == facts["tasks"]["shape"]["class_names"][told["shape"][place].argmax()]
+        assert float(found["answers"]["size"][place]) == pytest.approx(float(told["size"][place]), abs=1e-4)
+    readme = (folder / "README.md").read_text()
+    assert "shape: triangle, square" in readme and "size: a number" in readme
+    with pytest.raises(ValueError, match="no other library builds a net of several tasks: take --format torch or onnx"):
+        export(best, "safetensors")
+    with pytest.raises(ValueError, match="this checkpoint has 4 tasks, and one is needed here"):
+        restored.logits(images)
+
+
+def test_answers_of_a_server_by_task() -> None:
+    pytest.importorskip("litserve")
+    from recipes.serve import task_answers
+
+    (one,) = task_answers(torch.tensor([[2.0, 0.0]]), "classification", ["a", "b"])
+    assert one["label"] == "a" and list(one["probabilities"]) == ["a", "b"]
+    assert task_answers(torch.tensor([[1.5]]), "regression", []) == [{"number": 1.5}]
+    assert task_answers(torch.tensor([[1.0, -1.0]]), "multi_label", ["a", "b"])[0]["labels"] == ["a"]
+    logits = torch.randn(1, 3, 4, 6)
+    (mask,) = task_answers(logits, "segmentation", ["x", "y", "z"])
+    with Image.open(io.BytesIO(base64.b64decode(mask["mask"]))) as opened:
+        assert opened.tobytes() == logits.argmax(1).to(torch.uint8).numpy().tobytes() and opened.size == (6, 4)
 
 
 def test_mistakes_get_a_sentence(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
