@@ -17,6 +17,7 @@ from .parquet_images import ParquetImages
 from .shapes import Shapes
 from .stanford_dogs import StanfordDogs
 from .text_files import TextFiles
+from .together import Together
 
 __all__ = [
     "CIFAR10",
@@ -36,6 +37,7 @@ __all__ = [
     "StanfordDogs",
     "TextColumns",
     "TextFiles",
+    "Together",
 ]
 
 for former in ("huggingface", "huggingface_text", "parquet"):  # older configs and checkpoints name classes by these

@@ -281,11 +281,11 @@ class MultiTask(RecipeModule):
         whole = {f"train/{name}/loss_epoch": value for name, value in zip(self.kinds, found, strict=True)}
         self.log_dict(whole | {"train/loss_epoch": (found * self.balance.fixed).sum()}, sync_dist=True)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Outputs by task, labels and indices, for whoever looks on."""
         return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """As validation."""
         return self._evaluate(batch, "test")
 
@@ -323,7 +323,7 @@ class MultiTask(RecipeModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Index, and of each task, by its name and what it is: `label`, `probability` and `p`; `number`; `mask`."""
         found = {"index": batch["index"]}
         for name, values in self(batch).items():

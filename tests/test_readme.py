@@ -14,11 +14,12 @@ import types
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.readme import PAGES, PARTS, filled
 from recipes import text, vision
 from recipes.cli import early as names
-from tests.conftest import write_folder
+from tests.conftest import picture, write_folder
 from tests.nets import Net, data
 from tests.tiny_encoders import tiny_encoder
 
@@ -84,6 +85,8 @@ def test_the_text_quickstart_from_an_empty_folder(own_folder: Path) -> None:
 
 QUICK = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.enable_progress_bar=false"
 TINY = {  # what makes a command of README small, and what needs no network
+    "multitask/quickstart": f"{QUICK} --data.images=120",
+    "my.yaml": f"{QUICK} --data.num_workers=0 --data.batch_size=4",
     "folder_resnet50": f"{QUICK} --model.weights=null --model.image_size=64 --data.num_workers=0 --data.batch_size=4",
     "csv_minilm": f"{QUICK} --model.encoder=docstrings_bert",
     "csv_bert": f"{QUICK} --model.encoder=docstrings_bert",
@@ -108,6 +111,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(f"word {n} of many,{n % 2}\n" for n in range(40))
     (folder / "my.csv").write_text(f"review,stars\n{rows}")
     (folder / "new.txt").write_text("one text\nanother\n")
+    (folder / "my.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0])
+    lines = ["image,breed,weight,outline"]
+    for number in range(24):
+        picture(number).save(folder / f"{number}.jpg")
+        Image.new("L", (48, 40), number % 2).save(folder / f"{number}.png")
+        lines.append(f"{number}.jpg,{('pug', 'collie')[number % 2]},{number or ''},{f'{number}.png' if number else ''}")
+    (folder / "pets.csv").write_text("\n".join(lines) + "\n")
     root = f"--trainer.default_root_dir={folder}"
     for number in (1, 2):
         run = vision.main(["fit", "--config", "vision/quickstart", *QUICK.split(), root])
@@ -131,7 +141,7 @@ def test_every_command_runs(
     monkeypatch.chdir(prepared)
     made = command.replace("runs/vision/quickstart/<time>", "run1").replace("runs/vision/quickstart/<later>", "run2")
     made = made.replace("best.ckpt", "text.ckpt" if "recipes.text" in made else "vision.ckpt")
-    made += "".join(f" {options}" for name, options in TINY.items() if f"/{name}" in made and " fit " in made)
+    made += "".join(f" {options}" for name, options in TINY.items() if name in made and " fit " in made)
     module, *arguments = shlex.split(made)[2:]
     with contextlib.suppress(SystemExit) if "doctor" in arguments else contextlib.nullcontext():
         importlib.import_module("recipes.__main__" if module == "recipes" else module).main(arguments)

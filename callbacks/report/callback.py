@@ -52,8 +52,8 @@ class Report(Callback):
 
     Predictions of all ranks are gathered, and held in memory: 4 bytes per sample and class. Where batches have no
     `index`, samples that pad a rank's last batch count twice, and samples are numbered rank by rank. Only the first of
-    several validation loaders counts. A curve keeps 500 to 1,000 points. A resumed fit goes on from its checkpoint.
-    What fails, an image or the page, is omitted with a warning; the run goes on.
+    several validation loaders counts, unless they are of several tasks. A curve keeps 500 to 1,000 points. A resumed
+    fit goes on from its checkpoint. What fails, an image or the page, is omitted with a warning; the run goes on.
 
     Runs on: fit, validate, test. Touches: files in its folder; figures of TensorBoard; no weights, no random numbers.
 
@@ -205,7 +205,7 @@ class Report(Callback):
         )
         self._output = None
         for name, part in found.items():
-            if part is not None and not trainer.sanity_checking and dataloader_idx == 0:
+            if part is not None and not trainer.sanity_checking and (dataloader_idx == 0 or tasks is not None):
                 self._parts.setdefault(name, []).append(part)
 
     on_test_batch_end = on_validation_batch_end

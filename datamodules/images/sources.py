@@ -127,7 +127,13 @@ def check_labels(images: ImageSource, class_names: list[str]) -> None:
 def check_files_exist(paths: Sequence[str], advice: str) -> None:
     """Check that all files of a data set exist, listing each folder once; a FileNotFoundError gives the advice."""
     folders = {Path(path).parent for path in paths}
-    existing = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+    here = Path()
+    existing = {
+        entry.name if folder == here else entry.path
+        for folder in folders
+        if folder.is_dir()
+        for entry in os.scandir(folder)
+    }
     missing = [path for path in paths if path not in existing]
     if missing:
         raise FileNotFoundError(f"{len(missing):,} of {len(paths):,} files are missing, first {missing[0]}: {advice}")

@@ -52,7 +52,7 @@ def summary_rows(run: FinishedRun, tested: Mapping[str, float] | None) -> list[t
     """The rows, as plain text."""
     trainer, model, data = run.trainer, run.model, run.data
     trained = run.report.progress.get("trained") if run.subcommand == "fit" and run.report is not None else None
-    rows = [("data", describe_data(data)), ("model", describe_model(model, trained))]
+    rows = [("data", describe_data(data, list(getattr(model, "kinds", ())))), ("model", describe_model(model, trained))]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if run.subcommand == "fit":
         rows.append(("best", best_so_far(run) or nothing_best(run)))
@@ -169,15 +169,18 @@ def short(path: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def describe_data(data: Any) -> str:
-    """Data module, what is learnt, and samples per split."""
+def describe_data(data: Any, tasks: Sequence[str] = ()) -> str:
+    """Data module, what is learnt, and samples per split; `tasks` are the names of several."""
     splits = getattr(data, "splits", {})
     counts = ", ".join(f"{len(part.labels)} {name}" for name, part in splits.items() if name != "predict")
     if not counts and "predict" in splits:
         counts = f"{len(splits['predict'].labels)} to predict"
-    learnt = {"regression": "a score", "multi_label_classification": counted(data.num_classes, "label")}
-    kind = learnt.get(getattr(data, "problem_type", ""), counted(data.num_classes, "class", "classes"))
-    text = ", ".join([type(data).__name__, *([kind] if data.num_classes else [])]) + f"; {counts}"
+    classes = 0 if tasks else data.num_classes
+    learnt = {"regression": "a score", "multi_label_classification": counted(classes, "label")}
+    kind = learnt.get(getattr(data, "problem_type", ""), counted(classes, "class", "classes"))
+    if tasks:
+        kind = f"{counted(len(tasks), 'task')} ({', '.join(tasks)})"
+    text = ", ".join([type(data).__name__, *([kind] if classes or tasks else [])]) + f"; {counts}"
     parts = {id(part): part for part in splits.values()}.values()
     skipped = len(getattr(data, "skipped", ())) + sum(getattr(part, "skipped", 0) for part in parts)
     return f"{text}; {skipped} skipped that cannot be read" if skipped else text

@@ -307,6 +307,32 @@ def test_mistakes_get_a_sentence(own_folder: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+def test_data_sets_are_learnt_together_and_gone_on_with(own_folder: Path) -> None:
+    members = (
+        "{digit: {class_path: Digits, init_args: {batch_size: 24, augment: none}}, "
+        "shapes: {class_path: Shapes, init_args: {images: 160, side: 32, batch_size: 8, augment: light}}}"
+    )
+    both = [
+        *("fit", "--data=Together", f"--data.members={members}", "--model.backbone=resnet8", "--model.image_size=32"),
+        *("--model.optimizer=AdamW", "--trainer.max_epochs=2", "--trainer.callbacks+=ModelCheckpoint"),
+        *("--trainer.callbacks.every_n_train_steps=7", "--trainer.callbacks.save_top_k=-1"),
+        *("--trainer.callbacks.dirpath=steps", "--trainer.callbacks.filename={step}", *QUICK[-2:]),
+    ]
+    cli = main([*both, "--test"])
+    metrics = cli.trainer.callback_metrics
+    assert {"test/digit/accuracy", "test/shape/accuracy", "test/outline/iou"} <= set(metrics)
+    report = json.loads((cli.folder / "report.json").read_text())
+    assert list(report["tasks"]) == ["colours", "digit", "shape", "size"]
+    assert report["tasks"]["digit"]["evaluation"]["samples"] == 359
+    whole = load_checkpoint(cli.folder / "checkpoints" / "last.ckpt")["state_dict"]
+    (amid,) = Path("steps").glob("step=63.ckpt")
+    again = main([*both, f"--ckpt_path={amid}", "--trainer.callbacks.dirpath=other"])
+    for name, value in load_checkpoint(again.folder / "checkpoints" / "last.ckpt")["state_dict"].items():
+        assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.slow
 def test_texts_have_several_tasks_too(own_folder: Path) -> None:
     lines = ["text,topic,stars"]
     lines += [f"word {n} of many,{('', 'a', 'b')[n % 3]},{n % 5 if n % 4 else ''}" for n in range(60)]

@@ -74,6 +74,7 @@ def test_words_agree_with_their_numbers() -> None:
     assert describe_data(data("regression", 1)) == "SimpleNamespace, a score; 7 train"
     assert describe_data(data("single_label_classification", 0)) == "SimpleNamespace; 7 train"
     assert describe_data(data("single_label_classification", 3)) == "SimpleNamespace, 3 classes; 7 train"
+    assert describe_data(data("regression", 1), ["a", "b"]) == "SimpleNamespace, 2 tasks (a, b); 7 train"
     assert describe_data(data("multi_label_classification", 1)) == "SimpleNamespace, 1 label; 7 train"
     assert [counted(n, "row") for n in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
     assert Phases(opens={"layer4, stem": 5, "layer3": 3}).turning_points() == {
