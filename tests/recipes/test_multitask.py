@@ -248,7 +248,7 @@ def test_the_command_from_a_config_to_predictions(own_folder: Path) -> None:
     assert first["shape"] == data.tasks["shape"].class_names[int(told["shape"].argmax())]
     assert float(first["size"]) == pytest.approx(float(told["size"]), abs=1e-4)
     with Image.open(first["outline"]) as mask:
-        assert mask.size == (32, 32)
+        assert mask.size == (24, 24)
         assert mask.tobytes() == told["outline"][0].argmax(0).to(torch.uint8).numpy().tobytes()
 
 
@@ -262,11 +262,11 @@ def test_every_head_is_exported_and_served(form: str, own_folder: Path) -> None:
     facts = json.loads((folder / "facts.json").read_text())
     assert list(facts["tasks"]) == ["shape", "size", "colours", "outline"] and facts["check"]["agreement"] == 1
     restored = restore(best)
-    images = random_images(3, 32)
+    images = random_images(3, 24)
     found: dict[str, Any] = {"folder": str(folder), "images": images.numpy()}
     exec(lines_for(restored, form), found)
     told = restored.outputs(images)
-    assert found["answers"]["outline"].shape == (3, 32, 32)
+    assert found["answers"]["outline"].shape == (3, 24, 24)
     for place in range(3):
         assert found["answers"]["shape"][place] == facts["tasks"]["shape"]["class_names"][told["shape"][place].argmax()]
         assert float(found["answers"]["size"][place]) == pytest.approx(float(told["size"][place]), abs=1e-4)
