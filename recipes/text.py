@@ -34,7 +34,7 @@ from .parts.blocks import Fusion
 from .parts.checkpoints import encoder_of, glance, is_whole, save_for_transformers
 from .parts.encoders import Pooling, build_encoder, encoder_blocks, encoder_path, pool
 from .parts.heads import HeadInit, HeadKind, build_head
-from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass
+from .parts.losses import LOSSES, LossKind, WeightKind, labelled, mass, score_scale
 from .parts.metrics import answers, metrics_of, per_class_counts
 from .parts.peft import Peft
 from .parts.saliency import token_saliency
@@ -74,7 +74,8 @@ class TextClassifier(RecipeModule):
         dropout: Of the encoder's layers and attention; its own if not given.
         reinit_layers: How many of the last layers, and the pooler, start from fresh weights (Zhang et al. 2021,
             https://arxiv.org/abs/2006.05987: 1 to 3 help with few thousand texts).
-        loss: `cross_entropy` or `focal`; for several labels binary cross-entropy, for scores squared error.
+        loss: `cross_entropy` or `focal`; for several labels binary cross-entropy, for scores squared error: they are
+            learnt with a mean of about 0 and a spread of about 1, by the training texts, and told on their own scale.
         label_smoothing: Probability spread evenly over the classes.
         class_weights: One weight per class; `balanced`, inverse to the training counts; or `effective`, less extreme.
         focal_gamma: Exponent of the focal loss.
@@ -102,6 +103,7 @@ class TextClassifier(RecipeModule):
             time.
     """
 
+    scale: Tensor
     recipe = "text"
 
     def __init__(
@@ -149,7 +151,10 @@ class TextClassifier(RecipeModule):
             raise ValueError(f"pooling model brings transformers' own head; for head {head} take pooling cls or mean")
         if pooling == "model" and fuse_blocks:
             raise ValueError("pooling model brings transformers' own head; for fuse_blocks take pooling cls or mean")
+        if problem_type == "regression" and head == "cosine":
+            raise ValueError("a cosine head tells classes apart and gives no score: take model.head linear or mlp")
         self.pooling, self.problem_type, self.monitor = pooling, problem_type, MONITORS[problem_type]
+        self.register_buffer("scale", torch.tensor([0.0, 1.0]), persistent=False)  # of scores: their mean and spread
         build = functools.partial(
             build_encoder,
             encoder,
@@ -192,7 +197,12 @@ class TextClassifier(RecipeModule):
         return self.with_projections(groups if self.pooling == "model" else groups | {"head": ["head"]})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Tokens, their mask and types, each `(batch, length)`, to logits `(batch, num_classes)`."""
+        """Tokens, their mask and types, `(batch, length)`, to logits `(batch, num_classes)` or scores `(batch, 1)`."""
+        outputs = self.outputs(input_ids, attention_mask, token_type_ids)
+        return outputs.float() * self.scale[1] + self.scale[0] if self.problem_type == "regression" else outputs
+
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """The same, with scores as they are learnt: their mean about 0 and their spread about 1."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self.net(input_ids=input_ids, attention_mask=attention_mask, **types)
         if self.pooling == "model":
@@ -201,12 +211,23 @@ class TextClassifier(RecipeModule):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a batch."""
-        return self(**{name: batch[name] for name in INPUTS if name in batch})  # type: ignore[no-any-return]
+        return self(**inputs(batch))  # type: ignore[no-any-return]
+
+    def standard(self, scores: Tensor) -> Tensor:
+        """Scores as they are learnt, their mean about 0 and their spread about 1; all else as it is."""
+        return (scores - self.scale[0]) / self.scale[1] if self.problem_type == "regression" else scores
+
+    def setup(self, stage: str) -> None:
+        """The training texts say how scores are spread."""
+        super().setup(stage)
+        if stage == "fit" and self.problem_type == "regression":
+            scores = self.trainer.datamodule.splits["train"].labels  # type: ignore[attr-defined]
+            self.scale = torch.tensor(score_scale(scores), device=self.device)
 
     def embed(self, batch: Batch) -> Tensor:
         """The mean of the encoder's last vectors over each text's tokens, `(batch, width)`."""
         encoder = self.net.base_model if self.pooling == "model" else self.net
-        out = encoder(**{name: batch[name] for name in INPUTS if name in batch})
+        out = encoder(**inputs(batch))
         mask = batch["attention_mask"]
         return pool(out.last_hidden_state[:, -mask.shape[1] :], mask, "mean")  # without a prompt in front
 
@@ -220,9 +241,10 @@ class TextClassifier(RecipeModule):
         return mass(batch["label"], self.class_weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.logits(batch)
+        logits = self.outputs(**inputs(batch))
         weight = {} if self.class_weights is None else {"weight": self.class_weights}
-        loss = self.taught(self.loss(logits, batch["label"], **weight), logits, batch)
+        loss = self.loss(logits, self.standard(batch["label"]), **weight)
+        loss = self.taught(loss, logits, batch)
         self.update_train_metrics(loss, self.correct_count(logits.detach(), batch["label"]), len(logits))
         return self.in_step(loss)
 
@@ -258,9 +280,11 @@ class TextClassifier(RecipeModule):
         return (logits.argmax(1) == label).sum()
 
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
-        logits, label = self.logits(batch).float(), batch["label"]
+        outputs, label = self.outputs(**inputs(batch)).float(), batch["label"]
+        logits = outputs * self.scale[1] + self.scale[0] if self.problem_type == "regression" else outputs
         kept = labelled(label)
-        self.log_loss(split, self.loss(logits, label), int(kept.sum()))  # without class weights: as the data are
+        loss = self.loss(outputs, self.standard(label))
+        self.log_loss(split, loss, int(kept.sum()))  # without class weights: as the data are
         metrics, known = self.metrics[split], logits[kept]
         if len(known):
             target = label[kept].long() if label.ndim == 2 else label[kept]
@@ -269,15 +293,23 @@ class TextClassifier(RecipeModule):
         return logits
 
     def facts(self) -> dict[str, Any]:
-        """The encoder's configuration."""
-        return {"encoder": self.net.config.to_dict()}
+        """The encoder's configuration; of scores their mean and spread."""
+        scale = {"scale": self.scale.tolist()} if self.problem_type == "regression" else {}
+        return {"encoder": self.net.config.to_dict(), **scale}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """An encoder of which hidden units were cut knows how many are left."""
+        """Scores are on the scale of the run; an encoder of which hidden units were cut knows how many are left."""
         super().on_load_checkpoint(checkpoint)
+        facts = checkpoint.get("recipe", {})
+        self.scale = torch.tensor(facts.get("scale", [0.0, 1.0]), device=self.device)  # none in older ones
         told = checkpoint.get("recipe", {}).get("encoder", {}) if self.sizes else {}
         for name in {"intermediate_size", "hidden_dim"} & told.keys():
             setattr(self.net.config, name, told[name])
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the net is given of a batch."""
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 class TextCLI(RecipeCLI):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..parts.backbones import small_resnet
 from ..parts.checkpoints import write_for_transformers
+from ..parts.heads import on_own_scale
 from .graphs import ImageGraph, ImageTasksGraph, TokenGraph, TokenTasksGraph
 from .restored import Restored
 from .snippets import PIXELS
@@ -75,7 +76,16 @@ def shorter_side(size: int) -> int:
 
 
 def write(restored: Restored, form: str, facts: dict[str, Any], lines: str, folder: Path) -> None:
-    """Write the model in a form, and the tokenizer beside it."""
+    """Write the model in a form, and the tokenizer beside it; a score's head gives it on its own scale."""
+    if not restored.tasks and restored.problem_type == "regression":
+        model = restored.model
+        with on_own_scale(model.net if model.pooling == "model" else model.head, model.scale):
+            _write(restored, form, facts, lines, folder)
+    else:
+        _write(restored, form, facts, lines, folder)
+
+
+def _write(restored: Restored, form: str, facts: dict[str, Any], lines: str, folder: Path) -> None:
     if form == "hf":
         data = SimpleNamespace(class_names=restored.class_names, tokenizer=restored.tokenizer)
         model = restored.model

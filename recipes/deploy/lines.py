@@ -72,15 +72,15 @@ class Mixing:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net.model.to(device)
         self.names = [str(end.path) for end in self.ends]
-        known = {}  # what each of the other nets tells apart
+        known, alike = {}, True  # what each of the other nets tells apart
         for name, end in zip(self.names, self.ends[:-1], strict=False):
             other = end.restored()
             if other.recipe != net.recipe:
                 raise ValueError(f"{name} is of recipes.{other.recipe}, and {self.names[-1]} of recipes.{net.recipe}")
             known[name] = end, other.class_names
-        alike = all(names == net.class_names for _, names in known.values())
+            alike &= other.learnt == net.learnt
         if not alike and len(paths) > 2:
-            raise ValueError("the nets of a soup need the same classes in the same order")
+            raise ValueError("the nets of a soup need the same classes in the same order, or scores on one scale")
         self.held, heads = [], {}
         try:
             data = data_for(net, options.data)

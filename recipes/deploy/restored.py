@@ -69,6 +69,12 @@ class Restored:
         return int(self.net.input_size)
 
     @property
+    def learnt(self) -> list[str]:
+        """What two nets must share for their heads to be mixed: names of classes; of scores also their scale."""
+        scale = self.model.scale.tolist() if self.problem_type == "regression" and not self.tasks else []
+        return [*self.class_names, *map(str, scale)]
+
+    @property
     def pairs(self) -> bool:
         """Whether a sample is two texts."""
         return bool(self.data.get("pairs", False))

@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .encoders import encoder_path, quietly
+from .heads import on_own_scale
 from .peft import Peft, adapters
 from .peft.folder import save_for_peft
 from .pruning import unpack_zeros
@@ -122,7 +124,9 @@ def save_for_transformers(model: Any, checkpoint: str | Path, data: Any, folder:
     if model.pooling != "model":
         log.info("no folder for transformers: its classifiers have other heads than pooling %s", model.pooling)
         return
-    write_for_transformers(with_weights_of(model, checkpoint), model.peft, model.hparams["encoder"], data, folder)
+    net = with_weights_of(model, checkpoint)
+    with on_own_scale(net, model.scale) if model.problem_type == "regression" else nullcontext():
+        write_for_transformers(net, model.peft, model.hparams["encoder"], data, folder)
 
 
 def write_for_transformers(net: Any, how: Peft | None, encoder: str, data: Any, folder: Path) -> None:

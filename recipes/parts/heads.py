@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -66,6 +68,27 @@ def build_head(
     head = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
     initialise(head, init)
     return head
+
+
+@contextmanager
+def on_own_scale(head: nn.Module, scale: Tensor) -> Iterator[None]:
+    """While it lasts, a head's last linear layer gives scores times a spread plus a mean, as other programs want it.
+
+    Args:
+        head: The head, or a net that ends in it.
+        scale: Mean and spread, `(2,)`.
+    """
+    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    weight, bias = last.weight.detach().clone(), last.bias.detach().clone()
+    with torch.no_grad():
+        last.weight.mul_(scale[1])
+        last.bias.mul_(scale[1]).add_(scale[0])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            last.weight.copy_(weight)
+            last.bias.copy_(bias)
 
 
 def initialise(head: nn.Module, init: HeadInit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -82,6 +83,18 @@ def score_loss(logits: Tensor, target: Tensor) -> Tensor:
     known = labelled(target)
     each = (logits.float().squeeze(1) - target.nan_to_num()).square()
     return (each * known).sum() / known.sum().clamp(min=1)
+
+
+def score_scale(scores: Tensor) -> tuple[float, float]:
+    """About the mean and the spread of scores `(n,)`, to learn them with; NaN is left out.
+
+    The spread is a power of two, and the mean a multiple of half of it: other splits of the same data have nearly
+    always the same, so that nets of them can be mixed.
+    """
+    known = scores[~scores.isnan()].double()
+    spread = float(known.std()) if len(known) > 1 else 0.0
+    step = 2.0 ** round(math.log2(spread)) if spread > 0 else 1.0
+    return (round(2 * float(known.mean()) / step) * step / 2 if len(known) else 0.0), step
 
 
 def weight_of(target: Tensor, weight: Tensor | None) -> Tensor:

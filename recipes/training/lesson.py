@@ -76,6 +76,8 @@ class Lesson:
         counts = labelled(label) if weights is None else labelled(label) * weights[label.clamp(min=0)]
         problem = getattr(student, "problem_type", "single_label_classification")
         told = self.teacher.logits(batch)
+        if problem == "regression":
+            told = student.standard(told)  # as its own are
         found = {
             "teacher_loss": distillation_loss(logits, told, counts, problem_type=problem, temperature=self.temperature)
         }

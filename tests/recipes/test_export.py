@@ -119,7 +119,8 @@ def test_pairs_several_labels_and_scores(own_folder: Path) -> None:
     assert labels == [[name for name, logit in zip(names, row, strict=True) if logit > 0] for row in logits]
     score = ["--data.problem_type=regression", "--data.label_column=score", "--data.text_column=one"]
     checkpoint = fit_texts(own_folder, *score, "--trainer.max_epochs=2", file=file)
-    for form in ("onnx", "safetensors"):
+    assert restore(checkpoint).model.scale.tolist() == [3, 2]  # of 0 to 6
+    for form in ("onnx", "safetensors", "hf"):
         folder = export(checkpoint, form)
         assert json.loads((folder / "facts.json").read_text())["problem_type"] == "regression"
 

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from callbacks import predictions
+from callbacks.predictions import callback, parts
 from datamodules.images.sources import ImageFiles
 from datamodules.texts.tokens import TokenBatches
 from recipes import text, vision
@@ -111,7 +111,7 @@ def in_a_process(work: Callable[[], Any]) -> int:
 
 
 def batches_in(folder: Path) -> int:
-    return sum(1 for part in folder.glob("*.jsonl") for _ in predictions.records(part))
+    return sum(1 for part in folder.glob("*.jsonl") for _ in parts.records(part))
 
 
 def cut_last_line(part: Path) -> None:
@@ -165,7 +165,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     done = {"amid a line": 17, "last line": 49}.get(moment, 50)
 
     def first() -> None:
-        append, remove = predictions.PredictionWriter.on_predict_batch_end, predictions.remove_parts
+        append, remove = callback.PredictionWriter.on_predict_batch_end, parts.remove_parts
 
         def dying(self: Any, trainer: Any, module: Any, outputs: Any, batch: Any, number: int, loader: int = 0) -> None:
             if number == done:
@@ -177,14 +177,14 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
         def removing(folder: Path) -> None:
             if Path("out.csv").exists():
                 if moment == "being removed":
-                    (folder / predictions.NOTE).unlink()
+                    (folder / parts.NOTE).unlink()
                 kill_me()
             remove(folder)
 
-        predictions.PredictionWriter.on_predict_batch_end = dying  # type: ignore[method-assign]
-        predictions.remove_parts = removing
+        callback.PredictionWriter.on_predict_batch_end = dying  # type: ignore[method-assign]
+        parts.remove_parts = removing
         if moment == "merge":
-            predictions.TABLES[".csv"] = lambda path, kinds, rows: (path.write_text("half"), next(rows), kill_me())
+            parts.TABLES[".csv"] = lambda path, kinds, rows: (path.write_text("half"), next(rows), kill_me())
         predict(checkpoint, pictures)
 
     assert in_a_process(first) == -signal.SIGKILL
@@ -226,7 +226,7 @@ def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
         kills += child.exitcode == -signal.SIGKILL
         assert child.exitcode in (0, -signal.SIGKILL)
         ours = [list(Path("out.csv.parts").glob(f"rank{rank}.*.jsonl")) for rank in (0, 1)]
-        progress.append([predictions.batches_done(parts) for parts in ours])
+        progress.append([parts.batches_done(each) for each in ours])
     assert kills == 2 and any(some not in ([0, 0], [25, 25]) for some in progress), progress
     assert written(own_folder)["out.unreadable.csv"] == expected["out.unreadable.csv"]
     ours, alone = rows(own_folder / "out.csv"), expected["out.csv"].decode().splitlines()
@@ -235,11 +235,11 @@ def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
     assert set(times) == set(map(str, range(PICTURES))) and max(times.values()) <= kills + 1
     first = written(own_folder)
     Path("out.csv").unlink()
-    merge = predictions.merge_parts
-    patch.setattr(predictions, "merge_parts", lambda *_: (0, 0))
+    merge = callback.merge_parts
+    patch.setattr(callback, "merge_parts", lambda *_: (0, 0))
     assert in_a_process(lambda: vision.main(command(checkpoint, pictures, *ranks))) == 0  # never killed ...
     cut_last_line(Path("out.csv.parts/rank1.0.jsonl"))  # ... but for the end of one rank; the other is done
-    patch.setattr(predictions, "merge_parts", merge)
+    patch.setattr(callback, "merge_parts", merge)
     assert in_a_process(lambda: vision.main(command(checkpoint, pictures, *ranks))) == 0
     assert written(own_folder) == first
     patch.undo()
@@ -254,7 +254,7 @@ def test_what_a_killed_run_left_is_not_gone_on_with_for_something_else(
     for number in range(1, 6):
         shutil.copy(pictures / "0" / f"{number:04}.jpg", few)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("callbacks.predictions.merge_parts", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
+        patch.setattr(callback, "merge_parts", lambda *_: (_ for _ in ()).throw(ValueError("stopped")))
         with pytest.raises(ValueError, match="stopped"):
             predict(checkpoint, few)
 
@@ -408,7 +408,7 @@ def test_texts_go_on_where_they_were_cut_off(own_folder: Path, monkeypatch: pyte
     text.main([*ask, "--predictions=out.csv"])
     assert list(rows(own_folder / "out.csv")[0]) == ["text", "score"]
     with monkeypatch.context() as patch:
-        patch.setattr(predictions, "merge_parts", lambda *_: (0, 0))
+        patch.setattr(callback, "merge_parts", lambda *_: (0, 0))
         text.main([*ask, "--predictions=again.csv"])
     cut_last_line(Path("again.csv.parts/rank0.0.jsonl"))
     draws, batch = [], TokenBatches.__getitems__

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from callbacks import EWC, L2SP, GradualUnfreezing, LRWarmup
 from datamodules import TextFiles
+from recipes.deploy.restored import restore
 from recipes.parts.checkpoints import load_checkpoint
 from recipes.parts.peft import Peft
 from recipes.text import TextClassifier, main
@@ -147,6 +148,34 @@ def test_several_labels_and_scores(options: list[str], own_folder: Path) -> None
     assert float(metrics["val/spearman"]) > 0.8 and float(metrics["val/mse"]) < 0.1
     model = AutoModelForSequenceClassification.from_pretrained(folder_of(cli) / "hf")
     assert model.config.problem_type == "regression" and model.config.num_labels == 1
+
+
+@pytest.mark.slow
+def test_scores_of_any_scale_are_learnt_alike(options: list[str], own_folder: Path) -> None:
+    """Years as well as stars: what is learnt of 64 n + 2048 is 64 times what is learnt of n, and 2048."""
+    told = {}
+    for name, of in (("stars", lambda n: n % 2), ("years", lambda n: 64 * (n % 2) + 2048)):
+        lines = [f'"{sentence(n % 2, n)}",{of(n)}' for n in range(80)]
+        Path(f"{name}.csv").write_text("\n".join(["text,score", *lines]))
+        score = ["--data.problem_type=regression", "--data.label_column=score", f"--data.train_file={name}.csv"]
+        cli = main([*options, *score, "--trainer.max_epochs=12"])
+        best = folder_of(cli) / "checkpoints" / "best.ckpt"
+        last = folder_of(cli) / "checkpoints" / "last.ckpt"  # whichever is best, within a rounding
+        predicted = main(["predict", "--ckpt_path", str(last), *QUIET])
+        with (folder_of(predicted) / "predictions.csv").open() as file:
+            told[name] = [float(row["score"]) for row in csv.DictReader(file)]
+        net = AutoModelForSequenceClassification.from_pretrained(folder_of(cli) / "hf").eval()
+        tokens = restore(best).tokens([sentence(n % 2, n) for n in range(4)])
+        with torch.no_grad():
+            torch.testing.assert_close(net(**tokens).logits, restore(best).model(**tokens), rtol=1e-5, atol=1e-4)
+        assert restore(best).learnt == ["score", *map(str, cli.model.scale.tolist())]
+    assert [64 * score + 2048 for score in told["stars"]] == pytest.approx(told["years"], rel=1e-4)
+    assert max(told["stars"]) - min(told["stars"]) > 0.1
+
+
+def test_a_score_needs_a_head_that_has_a_size(own_folder: Path) -> None:
+    with pytest.raises(ValueError, match="a cosine head tells classes apart and gives no score"):
+        TextClassifier(1, encoder="bert", problem_type="regression", pooling="mean", head="cosine")
 
 
 def test_metrics_do_not_count_what_has_no_label(own_folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.parts.heads import CosineHead, build_head
+from recipes.parts.heads import CosineHead, build_head, on_own_scale
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "cosine"])
@@ -44,6 +44,16 @@ def test_cosine_head_ignores_the_features_norm() -> None:
     assert torch.allclose(head(x), head(7 * x), atol=1e-5)
     assert head(head.weight[2:3]).argmax() == 2
     assert head(head.weight[2:3]).max().item() == pytest.approx(10.0)
+
+
+def test_scores_on_their_own_scale_for_a_while() -> None:
+    head = build_head("mlp", 8, 1).eval()
+    x, scale = torch.randn(5, 8), torch.tensor([3.0, 4.0])
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    expected = head(x) * 4 + 3
+    with on_own_scale(head, scale):
+        torch.testing.assert_close(head(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items()), "to the last bit"
 
 
 @pytest.mark.slow

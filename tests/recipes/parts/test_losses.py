@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recipes.parts.losses import classification_loss, weights_by_count
+from recipes.parts.losses import classification_loss, score_scale, weights_by_count
 
 
 @pytest.fixture
@@ -70,3 +70,13 @@ def test_effective_weights_saturate() -> None:
     assert effective[1] / effective[2] < 2 < 99 < balanced[1] / balanced[2]
     with pytest.raises(ValueError, match="class_weights 'effective' needs a training sample of every class"):
         weights_by_count([3, 0], "effective")
+
+
+def test_the_scale_of_scores_is_about_their_mean_and_spread_and_that_of_other_splits() -> None:
+    scores = 1500 + 40 * torch.randn(1000)
+    mean, spread = score_scale(scores)
+    assert abs(mean - 1500) < 16 and spread == 32
+    assert score_scale(scores[::2]) == score_scale(scores[1::2]) == (mean, spread)
+    assert score_scale(torch.tensor([2.0, torch.nan, 2.0])) == (2.0, 1.0) and score_scale(torch.ones(0)) == (0.0, 1.0)
+    shifted = score_scale(8 * scores + 4096)
+    assert shifted == (8 * mean + 4096, 8 * spread), "powers of two change nothing"
