@@ -218,11 +218,11 @@ class TextClassifier(RecipeModule):
         return (scores - self.scale[0]) / self.scale[1] if self.problem_type == "regression" else scores
 
     def setup(self, stage: str) -> None:
-        """The training texts say how scores are spread."""
+        """The training texts say how scores are spread; with loaders alone, scores are learnt as they are."""
         super().setup(stage)
-        if stage == "fit" and self.problem_type == "regression":
-            scores = self.trainer.datamodule.splits["train"].labels  # type: ignore[attr-defined]
-            self.scale = torch.tensor(score_scale(scores), device=self.device)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.problem_type == "regression" and data is not None:
+            self.scale = torch.tensor(score_scale(data.splits["train"].labels), device=self.device)
 
     def embed(self, batch: Batch) -> Tensor:
         """The mean of the encoder's last vectors over each text's tokens, `(batch, width)`."""

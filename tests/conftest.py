@@ -25,15 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--as-stored", action="store_true", help="Run notebooks with the numbers that a reader sees.")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """A worker reads the command line again, without pyproject's options: it has to be told of the groups."""
-    if hasattr(config, "workerinput"):
-        config.option.loadgroup = True
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`-m fast`: all but what is marked as slow. Several workers begin with the slow: none ends with a long one."""
+    """`-m fast`: all but what is marked as slow. Several workers begin with files that have slow ones."""
     for item in items:
         if item.get_closest_marker("slow") is None:
             item.add_marker("fast")

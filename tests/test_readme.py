@@ -131,7 +131,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.xdist_group("commands")
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("python -m recipes") and not any(w in c for w in ELSEWHERE)]
 )

@@ -135,7 +135,6 @@ def note_what_is_read(patch: pytest.MonkeyPatch, file: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pictures to predict")
 def test_a_moved_checkpoint_predicts_all_that_can_be_read_and_lists_the_rest(
     own_folder: Path, checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +157,6 @@ MOMENTS = ("amid a line", "last line", "merge", "merged", "being removed")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.xdist_group("pictures to predict")
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     own_folder: Path, checkpoint: Path, pictures: Path, expected: dict[str, bytes], moment: str
 ) -> None:
@@ -200,7 +198,6 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pictures to predict")
 def test_two_ranks_with_workers_killed_at_random_are_as_one_that_is_not(
     own_folder: Path, checkpoint: Path, pictures: Path, expected: dict[str, bytes]
 ) -> None:

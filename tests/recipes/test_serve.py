@@ -170,7 +170,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pictures")
 def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
     bodies = [encoded(number) for number in range(200)]
     broken = b"no picture"  # between the others, and in their batches
@@ -206,7 +205,6 @@ def test_two_hundred_at_once_get_each_its_own_answer(pictures: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("texts")
 def test_texts_at_once_and_what_is_none(texts: Server) -> None:
     asked = [sentence(number % 2, number // 2, number % 30) for number in range(100)]
     with ThreadPoolExecutor(50) as pool:
@@ -224,7 +222,6 @@ def test_texts_at_once_and_what_is_none(texts: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("texts")
 def test_it_sleeps_while_nobody_asks(texts: Server) -> None:
     assert texts.post('{"text": "one"}')[0] == 200
     before = texts.cpu()
@@ -245,7 +242,6 @@ def bomb(side: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pictures")
 def test_what_is_no_picture_is_told(pictures: Server) -> None:
     gif = io.BytesIO()
     Image.new("F", (4, 4)).save(gif, "TIFF")
@@ -271,7 +267,6 @@ def test_what_is_no_picture_is_told(pictures: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pictures")
 def test_a_gigabyte_is_refused_unread(pictures: Server) -> None:
     assert pictures.post(encoded(3))[0] == 200
     before = pictures.memory()
@@ -318,15 +313,10 @@ def test_a_port_that_is_taken_is_a_sentence_before_anything_is_loaded(capsys: py
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        pytest.param(
-            "pictures",
-            "vision, 3 classes: a, b, c\n\n    curl --data-binary @image.jpg {}/predict",
-            marks=pytest.mark.xdist_group("pictures"),
-        ),
+        pytest.param("pictures", "vision, 3 classes: a, b, c\n\n    curl --data-binary @image.jpg {}/predict"),
         pytest.param(
             "texts",
             "text, 3 classes: a, b, c\n\n    curl -H 'Content-Type: application/json' -d '{{\"text\": \"...\"}}' {}/",
-            marks=pytest.mark.xdist_group("texts"),
         ),
     ],
 )

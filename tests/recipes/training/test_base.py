@@ -367,7 +367,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, bool], Pat
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("start", ["end", "amid"])
 @pytest.mark.parametrize(("batches", "accumulate"), [(1, 1), (8, 3), (6, 2), (24, 1), (3, 1)])
-@pytest.mark.xdist_group("begun")
 def test_rates_after_a_resume_are_those_of_steps_done_and_steps_left(
     begun: Callable[[Any, bool], Path], batches: int, accumulate: int, start: str, exact: bool
 ) -> None:
