@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 
-from .labels.tasks import Task, known_share, spread
+from .labels.tasks import Task, label_facts
 from .labels.values import IGNORED
 from .sampling.draws import Batch
 
@@ -137,10 +137,7 @@ class Together(LightningDataModule):
         for name, member in self.members.items():
             facts = getattr(member, "label_facts", None)
             if facts is None:
-                labels = member.splits["train"].labels
-                facts = {name: {"known": known_share(labels)}}
-                if labels.is_floating_point() and labels.ndim == 1:
-                    facts[name]["mean"], facts[name]["spread"] = spread(labels)
+                facts = label_facts(self.tasks_of(name), {name: member.splits["train"].labels})
             for task, one in facts.items():
                 found[task] = {**one, "known": one["known"] * member.batch_size / self.batch_size}
         return found

@@ -183,19 +183,21 @@ class MultiTask(RecipeModule):
         return self.on_their_scale(self.outputs(batch))
 
     def on_their_scale(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Numbers times their spread, plus their mean."""
+        """Numbers times their spread, plus their mean, in float32: half precision would round years to decades."""
         scales = zip(outputs.items(), self.centre, self.spread, strict=True)
         return {
-            name: values * spread + centre if self.kinds[name] == "regression" else values
+            name: values.float() * spread + centre if self.kinds[name] == "regression" else values
             for (name, values), centre, spread in scales
         }
 
     def setup(self, stage: str) -> None:
         """The data say how many of each label there are, and how numbers are spread."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "mixup", 0) or getattr(data, "cutmix", 0):
             raise ValueError("data.mixup and data.cutmix mix classes, and there are several tasks: leave them at 0")
-        if stage != "fit":
+        if (
+            stage != "fit" or data is None
+        ):  # with loaders alone, all labels are taken to be known, and numbers as they are
             return
         for place, (name, kind) in enumerate(self.kinds.items()):
             facts = data.label_facts[name]

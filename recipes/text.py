@@ -198,7 +198,10 @@ class TextClassifier(RecipeModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Tokens, their mask and types, `(batch, length)`, to logits `(batch, num_classes)` or scores `(batch, 1)`."""
-        outputs = self.outputs(input_ids, attention_mask, token_type_ids)
+        return self.on_own_scale(self.outputs(input_ids, attention_mask, token_type_ids))
+
+    def on_own_scale(self, outputs: Tensor) -> Tensor:
+        """Scores as they are told, in float32; all else as it is."""
         return outputs.float() * self.scale[1] + self.scale[0] if self.problem_type == "regression" else outputs
 
     def outputs(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -281,7 +284,7 @@ class TextClassifier(RecipeModule):
 
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
         outputs, label = self.outputs(**inputs(batch)).float(), batch["label"]
-        logits = outputs * self.scale[1] + self.scale[0] if self.problem_type == "regression" else outputs
+        logits = self.on_own_scale(outputs)
         kept = labelled(label)
         loss = self.loss(outputs, self.standard(label))
         self.log_loss(split, loss, int(kept.sum()))  # without class weights: as the data are

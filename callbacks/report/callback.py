@@ -41,7 +41,8 @@ class Report(Callback):
     Works with any classifier, of one label per sample or several, and with scores: logits and labels are those that
     `validation_step` and `test_step` return under the keys `logits` and `label`; else the last output of the module's
     own `forward` with the batch's labels. Labels are integers for classes; floats, 0 or 1 and as many as logits, for
-    several labels; floats, one of each, for scores. Else the page has curves and metrics only. After a fit the page
+    several labels; floats, one of each, for scores. Of several tasks the steps return such a pair for each name under
+    `tasks`, and the page has a section for each. Else the page has curves and metrics only. After a fit the page
     is about the validation predictions of the best epoch by the checkpoint's metric, or of the last; after a test
     about the test's, with the temperature and the thresholds of the validation samples.
 

@@ -177,6 +177,14 @@ def test_numbers_are_learnt_on_a_scale_of_their_own_and_told_on_theirs() -> None
     assert model.shares.tolist() == pytest.approx([data.label_facts[name]["known"] for name in model.kinds])
 
 
+def test_numbers_are_not_rounded_by_half_precision() -> None:
+    model = model_for(shapes())
+    model.centre += 2080
+    with torch.autocast("cpu", torch.bfloat16):
+        told = model.on_their_scale({name: torch.ones(1, 1, dtype=torch.bfloat16) for name in model.kinds})
+    assert told["size"] == 2081
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # its first steps overflow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16"])
 def test_gradients_are_weighted_under_mixed_precision(precision: str) -> None:
